@@ -1,56 +1,150 @@
-# meshx_node. `make` builds; `make demo` and `make test` are the two commands of the README.
+# meshx_node. `make help` lists the targets; `make demo` and `make test` are the two of the README.
 
 CC ?= cc
 ERL ?= erl
 REBAR3 ?= rebar3
 PKG_CONFIG ?= pkg-config
+HOME ?= $(CURDIR)/_build/home
+export HOME
+MAKEFLAGS += --no-builtin-rules --no-print-directory
 BUILD := _build/c
+# V=1 shows the commands of the C build.
+Q := $(if $(V),,@)
+# rebar3 calls make again (rebar.config's hooks); that one is no part of this one.
+REBAR := env -u MAKEFLAGS -u MAKELEVEL $(REBAR3)
 
-PACKAGES := libcurl jansson libuv
-PACKAGE_CFLAGS = $(shell $(PKG_CONFIG) --cflags $(PACKAGES))
-PACKAGE_LIBS = $(shell $(PKG_CONFIG) --libs $(PACKAGES))
-
-WARNINGS := -Wall -Wextra -Werror -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings \
-	-Wshadow -Wconversion
-CFLAGS_release := -O2 -g -DNDEBUG
-CFLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CFLAGS_tsan := -O1 -g -fsanitize=thread
-CFLAGS_all = -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -pthread -MMD -MP $(WARNINGS) \
-	-Iinclude -Ic_src/core -Ic_src/guard $(PACKAGE_CFLAGS)
-
-CORE_SOURCES := $(wildcard c_src/core/*.c)
+CORE := $(wildcard c_src/core/*.c)
+NIF := $(wildcard c_src/nif/*.c)
+GUARD := $(wildcard c_src/guard/*.c)
 C_TESTS := $(patsubst test/c/%_test.c,%,$(wildcard test/c/*_test.c))
 # Modules with threads or a loop also run under ThreadSanitizer.
 TSAN_TESTS := $(filter loop http consul probe sidecar mesh,$(C_TESTS))
 C_TEST_SUPPORT := $(filter-out %_test.c,$(wildcard test/c/*.c))
+C_SOURCES := $(CORE) $(NIF) $(GUARD)
+C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch])
 
+WARNINGS := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wshadow -Wconversion
+OWN_CFLAGS := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -pthread $(WARNINGS) \
+	-Iinclude -Ic_src/core -Ic_src/guard
+CFLAGS_release := -O2 -g -DNDEBUG
+CFLAGS_asan := -O1 -g -Werror -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+CFLAGS_tsan := -O1 -g -Werror -fsanitize=thread
+
+# Sets PACKAGE_CFLAGS, PACKAGE_LIBS and ERL_CFLAGS; newer than the objects when any flag, the
+# compiler or the Erlang has changed since.
+CONFIG := $(BUILD)/config.mk
+$(shell CC='$(CC)' ERL='$(ERL)' PKG_CONFIG='$(PKG_CONFIG)' .ci/configure $(CONFIG) \
+	'$(OWN_CFLAGS) $(CFLAGS_release) $(CFLAGS_asan) $(CFLAGS_tsan) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)')
+include $(CONFIG)
+CFLAGS_all = $(OWN_CFLAGS) $(PACKAGE_CFLAGS) $(CPPFLAGS) $(CFLAGS)
+
+all: native ## build the NIF, the guard and, if there is a rebar3, the Erlang modules (default)
+	@! command -v $(REBAR3) >/dev/null || $(REBAR) compile
+
+native: priv/meshx_node.so priv/meshx_guard ## build the C part only (rebar3 compile calls this)
+	@:
+
+# ---- C. $(1) is release, asan or tsan, each with a folder of its own.
 .SECONDARY:
-
-# $(1): release, asan or tsan
 define variant
-$(BUILD)/$(1)/core/%.o: c_src/core/%.c
+$(BUILD)/$(1)/core/%.o: c_src/core/%.c $(CONFIG)
 	@mkdir -p $$(@D)
-	$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -c $$< -o $$@
-$(BUILD)/$(1)/libmeshx_core.a: $$(CORE_SOURCES:c_src/core/%.c=$(BUILD)/$(1)/core/%.o)
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -MMD -MP -c $$< -o $$@
+$(BUILD)/$(1)/libmeshx_core.a: $$(CORE:c_src/%.c=$(BUILD)/$(1)/%.o) c_src/core
 	@rm -f $$@
-	$$(AR) rcs $$@ $$^
-$(BUILD)/$(1)/meshx_guard: c_src/guard/meshx_guard.c c_src/guard/guard_record.h
+	$$(Q)$$(AR) rcs $$@ $$(filter %.o,$$^)
+$(BUILD)/$(1)/meshx_guard: $$(GUARD) $$(wildcard c_src/guard/*.h) $(CONFIG)
 	@mkdir -p $$(@D)
-	$$(CC) $$(CFLAGS_$(1)) $$(filter-out -fPIC,$$(CFLAGS_all)) $$< -o $$@
-$(BUILD)/$(1)/test/%.o: test/c/%.c
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(filter-out -fPIC,$$(CFLAGS_all)) $$(GUARD) $$(LDFLAGS) -o $$@
+$(BUILD)/$(1)/test/%.o: test/c/%.c $(CONFIG)
 	@mkdir -p $$(@D)
-	$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -Itest/c -c $$< -o $$@
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -Itest/c -MMD -MP -c $$< -o $$@
 $(BUILD)/$(1)/test/%_test: $(BUILD)/$(1)/test/%_test.o \
 		$$(C_TEST_SUPPORT:test/c/%.c=$(BUILD)/$(1)/test/%.o) $(BUILD)/$(1)/libmeshx_core.a
-	$$(CC) $$(CFLAGS_$(1)) -pthread $$^ -o $$@ $$(PACKAGE_LIBS) -lcmocka \
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) -pthread $$(LDFLAGS) $$^ -o $$@ $$(PACKAGE_LIBS) -lcmocka \
 		-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup
 endef
 $(foreach v,release asan tsan,$(eval $(call variant,$(v))))
 
-# One module's tests: make test-c-frame (ASan+UBSan), make test-c-tsan-loop (TSan).
-test-c-tsan-%: $(BUILD)/tsan/test/%_test $(BUILD)/tsan/meshx_guard
-	MESHX_GUARD=$(BUILD)/tsan/meshx_guard $<
-test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard
-	MESHX_GUARD=$(BUILD)/asan/meshx_guard $<
-
+$(BUILD)/release/nif/%.o: c_src/nif/%.c $(CONFIG)
+	@mkdir -p $(@D)
+	@echo '  CC  $@'
+	$(Q)$(CC) $(CFLAGS_release) $(CFLAGS_all) $(ERL_CFLAGS) -MMD -MP -c $< -o $@
+# nodelete: threads of the libraries may still be in their last frames when the VM unloads us.
+priv/meshx_node.so: $(NIF:c_src/%.c=$(BUILD)/release/%.o) $(BUILD)/release/libmeshx_core.a c_src/nif
+	@mkdir -p $(@D)
+	@echo '  CC  $@'
+	$(Q)$(CC) -shared -pthread -Wl,-z,nodelete $(LDFLAGS) $(filter %.o %.a,$^) -o $@ $(PACKAGE_LIBS)
+priv/meshx_guard: $(BUILD)/release/meshx_guard
+	@mkdir -p $(@D)
+	$(Q)install -m 755 $< $@
 -include $(wildcard $(BUILD)/*/*/*.d)
+
+# ---- Tests. Without fixed addresses, which kernels with more random bits need for sanitizers.
+RUN_C_TEST = MESHX_CONSUL=$$(.ci/consul --path) MESHX_GUARD=$(patsubst %/test,%,$(<D))/meshx_guard \
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) $<
+test-c-tsan-%: $(BUILD)/tsan/test/%_test $(BUILD)/tsan/meshx_guard
+	@$(RUN_C_TEST)
+test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard ## one C module's tests under ASan+UBSan (test-c-tsan-%: TSan)
+	@$(RUN_C_TEST)
+ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl
+	@MESHX_CONSUL=$$(.ci/consul --path) $(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
+
+LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
+STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) ct
+test: deps consul ## everything: lint, C tests under the sanitizers, Common Test; ends with the sum
+	@.ci/test $(STEPS)
+steps:
+	@echo $(STEPS)
+
+# ---- Lint. Tests are held to the compilers' warnings and the format.
+LINT_CFLAGS = $(OWN_CFLAGS) -Werror $(PACKAGE_CFLAGS) $(ERL_CFLAGS) -Itest/c
+EACH := xargs -P 2 -n 1
+lint: ## every lint-* and check-* step; ends with the sum
+	@.ci/test $(LINT)
+lint-gcc:
+	@printf '%s\n' $(filter %.c,$(C_FILES)) | $(EACH) gcc $(CFLAGS_release) $(LINT_CFLAGS) -o /dev/null -c
+lint-clang:
+	@printf '%s\n' $(filter %.c,$(C_FILES)) | $(EACH) clang $(LINT_CFLAGS) -fsyntax-only
+lint-format:
+	@clang-format --dry-run -Werror $(C_FILES)
+lint-tidy:
+	@printf '%s\n' $(C_SOURCES) | xargs -P 2 -I {} clang-tidy --quiet {} -- $(LINT_CFLAGS)
+lint-cppcheck:
+	@cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
+		--error-exitcode=1 --suppress=missingIncludeSystem -j 2 \
+		-D_GNU_SOURCE -Iinclude -Ic_src/core -Ic_src/guard $(C_SOURCES)
+lint-xref:
+	@$(REBAR) as lint do compile, xref
+lint-dialyzer:
+	@$(REBAR) as lint dialyzer
+lint-layers check-layers: ## who includes whom in c_src
+	@.ci/check-layers
+lint-sizes:
+	@.ci/check-sizes
+
+# ---- The rest
+deps: ## install with apt what is missing
+	@.ci/deps
+consul: ## provide a Consul binary: the one on PATH, or Debian's below _build; prints its path
+	@.ci/consul
+# A make of its own: what deps has installed is found only by a new one.
+demo: deps consul ## build, start an agent and two nodes, and show what they can do
+	@$(MAKE) all
+	@MESHX_CONSUL=$$(.ci/consul --path) test/demo/run
+bench: deps consul ## how long starting, connecting and stopping takes
+	@$(MAKE) all
+	@MESHX_CONSUL=$$(.ci/consul --path) test/bench/run
+
+clean: clean-native ## remove what was built; keeps _build/consul and dialyzer's _build/plt
+	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name plt -exec rm -rf {} +
+clean-native:
+	@rm -rf $(BUILD) priv/meshx_node.so priv/meshx_guard
+help:
+	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+.PHONY: all native test steps lint $(LINT) check-layers ct deps consul demo bench clean clean-native help

@@ -25,27 +25,30 @@ struct endpoint {
     char *client_cert;
     char *client_key;
     char *server_name; /* CONSUL_TLS_SERVER_NAME: SNI and name to verify, or NULL */
-    char *host;        /* host part of the URL, for the server name's connect-to rule */
-    uint16_t port;
-    char *query; /* "ns=x&partition=y" from CONSUL_NAMESPACE/_PARTITION, or NULL */
+    char *host;        /* host part of the URL, an IPv6 address in its brackets */
+    uint16_t port;     /* port part of the URL */
+    char *query;       /* "ns=x&partition=y" from CONSUL_NAMESPACE/_PARTITION, or NULL */
 };
 
 /*
  * Reads |settings| (ended by a NULL name, or NULL itself) into |endpoint|. An unset or
- * empty variable is its default, CONSUL_HTTP_ADDR's is 127.0.0.1:8500. CONSUL_HTTP_ADDR
- * may be host:port, http://, https:// or unix://; CONSUL_HTTP_SSL=true makes a bare
- * host:port https. Files that are named must be readable. Returns MESHX_OK, MESHX_ENOMEM
- * or MESHX_ECONFIG
- * (|failure| names variable, value and what is allowed; never a token's value). On
- * failure nothing is left allocated.
+ * empty variable is its default, CONSUL_HTTP_ADDR's is 127.0.0.1:8500. Other names are
+ * ignored.
+ *
+ * CONSUL_HTTP_ADDR may be host[:port][/prefix], the same after http:// or https://, or
+ * unix:///path; CONSUL_HTTP_SSL=true makes any of them TLS. A port left out is 8500, but
+ * after http:// 80 and after https:// 443. Files that are named must be readable.
+ *
+ * Returns MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG (|failure| names variable, value and
+ * what is allowed; never a token or password). On failure nothing is left allocated.
  */
 int endpoint_init(struct endpoint *endpoint, const struct meshx_setting *settings,
                   struct meshx_failure *failure);
 
 /*
  * Appends the token to use now to |out| (nothing if there is none). Re-reads the token
- * file, without trailing white space. MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG (file
- * unreadable).
+ * file, without white space around it; while the file is empty CONSUL_HTTP_TOKEN counts,
+ * as in Consul. MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG (file unreadable or no token).
  */
 int endpoint_token(const struct endpoint *endpoint, struct buf *out,
                    struct meshx_failure *failure);

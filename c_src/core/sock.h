@@ -49,7 +49,8 @@ int sock_accept(int listener, const struct sock_options *options, int *out,
 int sock_connect(const struct sock_address *address, const struct sock_address *bind,
                  const struct sock_options *options, int *out);
 
-/* The outcome of a connect in progress: 0, -EINPROGRESS or -errno. */
+/* The outcome of a connect in progress: 0, -EINPROGRESS or -errno. A socket connected to
+ * itself is -ECONNREFUSED, here and in sock_connect(). */
 int sock_connected(int fd);
 
 /* The local or remote address. 0 or -errno. */
@@ -60,9 +61,9 @@ uint16_t sock_port(const struct sock_address *address);
 /*
  * Finds a port in |range| that can be bound at |address| (numeric) now, beginning at a
  * random place, skipping those for which |taken(context, port)| is true (may be NULL).
- * Stores it in
- * |*out|; 0 or -EADDRINUSE when none is free. Nothing stays bound: another program may
- * take it, which the caller must survive.
+ * Stores it in |*out|. Returns 0, -EADDRINUSE when none is free, or -EINVAL or
+ * -EADDRNOTAVAIL for a wrong address. Nothing stays bound: another program may take it,
+ * which the caller must survive.
  */
 int sock_find_port(const char *address, struct meshx_port_range range,
                    bool (*taken)(void *context, uint16_t port), void *context,

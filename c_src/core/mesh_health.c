@@ -1,0 +1,320 @@
+/*
+ * Keeps a node service healthy: heartbeats, the sidecar's life, the agent's absence. L4,
+ * control thread only.
+ *
+ * A check is passed only while what it stands for was just seen alive: the VM's lease was
+ * renewed, the sidecar's public port accepted a probe. Whatever happens is logged when it
+ * changes, never again at every heartbeat, and what fails at the agent is retried within
+ * a second, so that its return is noticed at once.
+ */
+#include "error.h"
+#include "mesh_internal.h"
+#include <stdio.h>
+
+#define PROBE_INTERVAL 5
+#define EXTERNAL_PROBE_INTERVAL 200
+#define RETRY_MIN 50
+#define RETRY_MAX 1000
+/* Failed probes in a row until a sidecar that runs but does not accept is restarted. */
+#define MISSES_MAX 2
+
+/* ---- the agent ---- */
+
+void mesh_retry_later(struct mesh *mesh) {
+    uint32_t max = mesh->config.values.ttl / 3;
+    if (mesh->retrying) {
+        return;
+    }
+    uint32_t delay = mesh->retry_delay > 0 ? mesh->retry_delay * 2 : RETRY_MIN;
+    max = max < RETRY_MAX ? max : RETRY_MAX;
+    mesh->retry_delay = delay < max ? delay : max;
+    /* Up to a quarter less, so that many nodes do not come back to an agent as one. */
+    uint32_t jitter = (uint32_t)(uv_hrtime() % (mesh->retry_delay / 4 + 1));
+    mesh->retrying = true;
+    loop_timer_start(mesh->retry, mesh->retry_delay - jitter);
+}
+
+static bool any_trouble(const struct mesh *mesh) {
+    for (size_t i = 0; i < MESH_TALK_COUNT; i++) {
+        if (mesh->troubles[i] != MESHX_OK) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void mesh_agent_result(struct mesh *mesh, enum mesh_talk talk,
+                       const struct meshx_failure *failure) {
+    mesh->troubles[talk] = failure != NULL ? failure->code : MESHX_OK;
+    if (failure != NULL) {
+        uint64_t bit = UINT64_C(1) << (unsigned)(-failure->code & 63);
+        mesh_note_failure(mesh, failure);
+        if (mesh->troubles_logged == 0) {
+            mesh->trouble_since = loop_now();
+        }
+        if ((mesh->troubles_logged & bit) == 0) {
+            mesh->troubles_logged |= bit;
+            mesh_log(mesh, MESHX_LEVEL_WARNING,
+                     "%s: the checks of %s can't be kept up; trying again until they can",
+                     failure->text, mesh->config.values.service_id);
+        }
+        mesh_retry_later(mesh);
+    } else if (mesh->troubles_logged != 0 && !any_trouble(mesh)) {
+        mesh->troubles_logged = 0;
+        mesh->retry_delay = 0;
+        mesh_log(mesh, MESHX_LEVEL_NOTICE, "the agent at %s works again after %llu ms",
+                 mesh->config.endpoint.shown,
+                 (unsigned long long)(loop_now() - mesh->trouble_since));
+    }
+}
+
+/* ---- checks ---- */
+
+static void on_checked(const struct meshx_failure *failure, void *argument);
+
+static void send_check(struct mesh_check *check) {
+    check->in_flight = true;
+    check->again = false;
+    check->sent = check->wanted;
+    if (consul_check(check->mesh->consul, check->id, check->wanted, check->note,
+                     on_checked, check) != MESHX_OK) {
+        struct meshx_failure failure;
+        error_set(&failure, MESHX_ENOMEM, "out of memory for a request to the agent");
+        on_checked(&failure, check);
+    }
+}
+
+static void on_checked(const struct meshx_failure *failure, void *argument) {
+    struct mesh_check *check = argument;
+    struct mesh *mesh = check->mesh;
+    check->in_flight = false;
+    if (mesh->state == MESHX_STATE_STOPPING) {
+        return;
+    }
+    if (check->again) {
+        send_check(check); /* its answer counts */
+    } else if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_checked(mesh, check, failure);
+    } else if (failure != NULL && failure->code == MESHX_ENODE_UNKNOWN) {
+        mesh_agent_result(mesh, check->talk, NULL);
+        if (!mesh->draining) {
+            mesh_registration_lost(mesh);
+        }
+    } else {
+        mesh_agent_result(mesh, check->talk, failure);
+    }
+}
+
+void mesh_check_set(struct mesh_check *check, enum consul_check status,
+                    const char *note) {
+    if (check->mesh->state == MESHX_STATE_STOPPING) {
+        return;
+    }
+    check->wanted = status;
+    if (note != check->note) {
+        snprintf(check->note, sizeof check->note, "%s", note);
+    }
+    if (check->in_flight) {
+        check->again = check->wanted != check->sent;
+    } else {
+        send_check(check);
+    }
+}
+
+static void check_vm(struct mesh *mesh) {
+    uint32_t ttl = mesh->config.values.ttl;
+    uint64_t age = loop_now() - atomic_load(&mesh->handle->renewed_at);
+    bool lapsed = (int64_t)age > (int64_t)ttl; /* a renewal may be later than our now */
+    if (lapsed && !mesh->lease_lapsed) {
+        mesh_log(mesh, MESHX_LEVEL_WARNING,
+                 "the VM of %s has not answered for %llu ms: its check is left to go "
+                 "critical; is the VM overloaded or suspended?",
+                 mesh->config.values.node, (unsigned long long)age);
+        mesh->troubles[MESH_TALK_VM_CHECK] = MESHX_OK; /* nothing is tried any more */
+    } else if (!lapsed && mesh->lease_lapsed) {
+        mesh_log(mesh, MESHX_LEVEL_NOTICE, "the VM of %s answers again",
+                 mesh->config.values.node);
+    }
+    mesh->lease_lapsed = lapsed;
+    if (!lapsed) {
+        mesh_check_set(&mesh->vm_check, CONSUL_PASS, "the node answers");
+    }
+}
+
+void mesh_check_both(struct mesh *mesh) {
+    if (mesh->draining) {
+        return;
+    }
+    check_vm(mesh);
+    if (mesh->sidecar_accepts) {
+        mesh_check_set(&mesh->sidecar_check, CONSUL_PASS, "the sidecar accepts");
+    }
+}
+
+void mesh_heartbeat(struct mesh *mesh) {
+    if (mesh->draining) {
+        return;
+    }
+    check_vm(mesh);
+    if (mesh->sidecar != NULL && mesh->sidecar_pid == 0) {
+        /* Said at once when it ended; said again, the agent may have missed it. */
+        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, mesh->sidecar_check.note);
+    } else if (mesh->sidecar == NULL && !mesh->sidecar_accepts) {
+        mesh_probe_sidecar(mesh, EXTERNAL_PROBE_INTERVAL, mesh->config.values.ttl / 3);
+    } else {
+        mesh_probe_sidecar(mesh, 0, 0);
+    }
+}
+
+void mesh_health_begin(struct mesh *mesh) {
+    loop_timer_start(mesh->heartbeat, mesh->config.values.ttl / 3);
+    if (mesh->sidecar == NULL) {
+        mesh_probe_sidecar(mesh, EXTERNAL_PROBE_INTERVAL, mesh->config.values.ttl / 3);
+    }
+}
+
+/* ---- the sidecar's public port ---- */
+
+static void on_accepts(struct mesh *mesh) {
+    mesh->sidecar_accepts = true;
+    mesh->sidecar_misses = 0;
+    if (mesh->sidecar_reported) {
+        mesh->sidecar_reported = false;
+        mesh_log(mesh, MESHX_LEVEL_NOTICE, "the sidecar of %s accepts at port %u",
+                 mesh->config.values.node, mesh->sidecar_port);
+    }
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_accepts(mesh);
+    } else if (!mesh->draining) {
+        mesh_check_set(&mesh->sidecar_check, CONSUL_PASS, "the sidecar accepts");
+    }
+}
+
+/* A sidecar that runs, but not where it should: another port, another process. */
+static void replace_sidecar(struct mesh *mesh) {
+    struct meshx_failure failure;
+    uint16_t port = mesh->sidecar_port;
+    mesh->sidecar_misses = 0;
+    if (mesh_choose_sidecar_port(mesh, &failure) != MESHX_OK) {
+        mesh_note_failure(mesh, &failure);
+    }
+    mesh_log(mesh, MESHX_LEVEL_WARNING,
+             "the sidecar of %s runs but does not accept at port %u: restarting it at "
+             "port %u",
+             mesh->config.values.node, port, mesh->sidecar_port);
+    if (mesh->sidecar_port == port) {
+        mesh->sidecar_pid = 0;
+        sidecar_restart(mesh->sidecar);
+    } else {
+        mesh->registration.moving = mesh->registration.wanted + 1;
+        mesh_registration_change(mesh);
+    }
+}
+
+static void on_refuses(struct mesh *mesh) {
+    char note[160];
+    snprintf(note, sizeof note, "the sidecar does not accept at %s port %u",
+             mesh->config.sidecar_probe_address, mesh->sidecar_port);
+    mesh->sidecar_accepts = false;
+    mesh->sidecar_misses++;
+    if (mesh->state == MESHX_STATE_STARTING) {
+        return; /* the deadline of the start ends it */
+    }
+    if (!mesh->sidecar_reported) {
+        mesh->sidecar_reported = true;
+        mesh_log(mesh, MESHX_LEVEL_WARNING,
+                 "%s of %s: others can't reach it until the sidecar does%s", note,
+                 mesh->config.values.node,
+                 mesh->sidecar == NULL ? "; it is not run by us, is it started?" : "");
+    }
+    if (!mesh->draining) {
+        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, note);
+    }
+    if (mesh->sidecar_misses > MISSES_MAX && mesh->sidecar_pid != 0 &&
+        mesh->registration.moving == 0) {
+        replace_sidecar(mesh);
+    }
+}
+
+static void on_probed(bool accepts, void *argument) {
+    struct mesh *mesh = argument;
+    mesh->probe = NULL;
+    if (accepts) {
+        on_accepts(mesh);
+    } else {
+        on_refuses(mesh);
+    }
+}
+
+void mesh_probe_sidecar(struct mesh *mesh, uint32_t interval, uint32_t timeout) {
+    if (mesh->probe != NULL) {
+        return;
+    }
+    if (probe_start(mesh->loop, mesh->config.sidecar_probe_address, mesh->sidecar_port,
+                    interval, timeout, on_probed, mesh, &mesh->probe) != MESHX_OK) {
+        mesh->probe = NULL;
+        mesh_retry_later(mesh); /* no memory: a later one will do */
+    }
+}
+
+/* ---- the sidecar's process ---- */
+
+static void on_sidecar_started(int64_t pid, void *context) {
+    struct mesh *mesh = context;
+    mesh->sidecar_pid = pid;
+    mesh->sidecar_starts++;
+    mesh->sidecar_accepts = false;
+    mesh->sidecar_misses = 0;
+    mesh_upstream_forget_ports(mesh);
+    if (mesh->state == MESHX_STATE_STARTING || mesh->state == MESHX_STATE_READY) {
+        probe_cancel(mesh->probe); /* it knew the former process */
+        mesh->probe = NULL;
+        mesh_probe_sidecar(mesh, PROBE_INTERVAL,
+                           mesh->state == MESHX_STATE_STARTING
+                               ? mesh->config.values.start_timeout
+                               : mesh->config.values.ttl / 3);
+    }
+}
+
+static void on_sidecar_ended(const struct meshx_failure *failure, uint32_t restart_ms,
+                             void *context) {
+    struct mesh *mesh = context;
+    mesh->sidecar_pid = 0;
+    mesh->sidecar_accepts = false;
+    if (mesh->state != MESHX_STATE_STARTING && mesh->state != MESHX_STATE_READY) {
+        return;
+    }
+    probe_cancel(mesh->probe);
+    mesh->probe = NULL;
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_sidecar_ended(mesh, failure);
+        return;
+    }
+    mesh_note_failure(mesh, failure);
+    mesh->sidecar_reported = true;
+    mesh_log(mesh, MESHX_LEVEL_WARNING,
+             "%s: others can't reach %s, its sidecar is restarted in %u ms",
+             failure->text, mesh->config.values.node, restart_ms);
+    if (!mesh->draining) {
+        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, failure->text);
+    }
+}
+
+static void on_sidecar_output(enum meshx_stream stream, const char *line, void *context) {
+    struct mesh *mesh = context;
+    struct meshx_event event = {
+        .type = MESHX_EVENT_OUTPUT, .stream = stream, .text = line};
+    mesh_emit(mesh, &event);
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_sidecar_said(mesh, line);
+    }
+}
+
+static void on_sidecar_stopped(void *context) {
+    mesh_sidecar_stopped(context);
+}
+
+const struct sidecar_callbacks mesh_sidecar_callbacks = {.started = on_sidecar_started,
+                                                         .ended = on_sidecar_ended,
+                                                         .output = on_sidecar_output,
+                                                         .stopped = on_sidecar_stopped};

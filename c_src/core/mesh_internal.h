@@ -1,0 +1,264 @@
+/*
+ * The node service's state, shared by the mesh*.c files and nobody else. L4.
+ *
+ * Two objects. struct meshx_mesh is the handle: any thread, guarded by its lock, counted
+ * (one reference each for the user's handle, the node service and a mailbox run under
+ * way). struct mesh is the node service: control thread only, made by meshx_mesh_open(),
+ * freed by mesh_finish(), which cuts it off the handle first.
+ *
+ * States (function that makes the step):
+ *   STARTING -> READY     both checks have passed once     (mesh_start_checked)
+ *   STARTING -> STOPPING  a step failed, or the user stops (mesh_stop)
+ *   READY    -> STOPPING  the user or the loop stops       (mesh_stop)
+ *   STOPPING -> freed     deregistered, sidecar gone       (mesh_finish)
+ *
+ * mesh.c               public API, mailbox, events, birth and end
+ * mesh_config.c        checks and copies the configuration
+ * mesh_start.c         claim the name, register, sidecar, first passes: READY
+ * mesh_registration.c  desired against applied: the one writer of the registration
+ * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
+ * mesh_upstream.c      lookups and upstreams
+ * mesh_stop.c          drain, stop
+ */
+#ifndef MESHX_CORE_MESH_INTERNAL_H
+#define MESHX_CORE_MESH_INTERNAL_H
+
+#include "consul.h"
+#include "loop.h"
+#include "mesh_config.h"
+#include "meshx_node.h"
+#include "probe.h"
+#include "sidecar.h"
+#include <pthread.h>
+#include <stdatomic.h>
+
+struct mesh;
+
+/* What a caller asks; becomes exactly one UPSTREAM or INFO event. */
+enum mesh_request_kind { MESH_REQUEST_DIAL, MESH_REQUEST_ASK, MESH_REQUEST_INFO };
+
+struct mesh_request {
+    struct mesh_request *next;
+    enum mesh_request_kind kind;
+    uint64_t id;
+    char *node;
+    char *service_name;
+    /* From here on used by mesh_upstream.c, control thread only. */
+    struct mesh *mesh;
+    unsigned
+        lookups; /* answers of the agent still to come; they hold on to this object */
+    bool answered;
+    uint64_t revision;            /* waits until this one is applied; 0: does not */
+    struct meshx_failure found;   /* what the lookup of instances says */
+    struct meshx_failure allowed; /* what the lookup of intentions says */
+};
+
+/* New, with copies of the names (both NULL for INFO); NULL: out of memory. */
+struct mesh_request *mesh_request_new(enum mesh_request_kind kind, uint64_t id,
+                                      const char *node, const char *service_name);
+void mesh_request_free(struct mesh_request *request);
+
+struct meshx_mesh {
+    pthread_mutex_t lock;
+    atomic_uint references;
+    _Atomic uint64_t renewed_at; /* loop_now() of the VM's last sign of life */
+    /* Guarded by lock: */
+    struct meshx_loop *loop; /* NULL: the node service has ended */
+    struct mesh *mesh;
+    struct mesh_request *first; /* the mailbox, oldest first */
+    struct mesh_request *last;
+    bool posted; /* a mailbox run is under way */
+    bool drain;
+    bool stop;
+};
+
+/* A step of a start; it is repeated alone when the agent can't answer for now. */
+enum mesh_step { MESH_CLAIM, MESH_REGISTER, MESH_SIDECAR, MESH_PASS };
+
+/* Who holds the name already, as far as the answers tell. */
+struct mesh_claim {
+    unsigned pending; /* answers still to come */
+    struct meshx_failure failure;
+    bool ours_exists; /* the local agent has our service ID for our node */
+    uint16_t ours_port;
+    unsigned same_id; /* instances of our node with our service ID, anywhere */
+    char holder[256]; /* for people: one of ours that passes; empty: none does */
+};
+
+/* What speaks to the agent when all is well, and may be failing. */
+enum mesh_talk {
+    MESH_TALK_VM_CHECK,
+    MESH_TALK_SIDECAR_CHECK,
+    MESH_TALK_REGISTRATION,
+    MESH_TALK_COUNT
+};
+
+/* One TTL check. At most one request for it is under way. */
+struct mesh_check {
+    struct mesh *mesh;
+    enum mesh_talk talk;
+    const char *id;
+    enum consul_check wanted;
+    enum consul_check sent;
+    char note[256];
+    bool in_flight;
+    bool again;  /* |wanted| has changed while a request is under way */
+    bool passed; /* the agent has acknowledged a pass in this start */
+};
+
+/* One destination of the sidecar. Applied when revision <= registration.applied. */
+struct mesh_upstream {
+    char *node;
+    char *service_name;
+    uint16_t port;
+    uint64_t revision; /* first of the desired state that has it */
+};
+
+/*
+ * Desired state has a number that grows with each change; a PUT always carries all of it.
+ * |lost| and |moving| hold on until they are applied, other changes are given up by the
+ * one who asked when the agent refuses them.
+ */
+struct mesh_registration {
+    uint64_t wanted;
+    uint64_t sent;
+    uint64_t applied;
+    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing */
+    uint64_t moving; /* revision after which the sidecar restarts at its new port; 0 */
+    bool in_flight;
+    bool may_exist; /* something of ours may be registered */
+};
+
+struct mesh {
+    struct meshx_mesh *handle;
+    struct meshx_loop *loop;
+    struct mesh_config config;
+    struct meshx_callbacks callbacks;
+    struct loop_member member;
+
+    enum meshx_state state;
+    enum mesh_step step;
+    bool draining;
+    bool start_failed; /* |failure| says why */
+    struct meshx_failure failure;
+    bool stop_failed; /* |stop_failure| says why it may still be registered */
+    struct meshx_failure stop_failure;
+    bool has_last_failure;
+    struct meshx_failure last_failure;
+
+    struct loop_timer *deadline; /* STARTING: start_timeout */
+    struct loop_timer *heartbeat;
+    struct loop_timer *retry;
+    struct loop_timer *finish; /* so that the end never frees what has just called us */
+    uint32_t retry_delay;      /* the last one; 0: none since all went well */
+    bool retrying;             /* |retry| is set */
+
+    struct consul *consul;
+    struct mesh_claim claim;
+    struct mesh_registration registration;
+    struct mesh_check vm_check;
+    struct mesh_check sidecar_check;
+
+    /* Codes of what fails at the agent, and which were logged since all went well. */
+    int troubles[MESH_TALK_COUNT];
+    uint64_t troubles_logged;
+    uint64_t trouble_since;
+    bool lease_lapsed;
+
+    struct sidecar *sidecar; /* NULL: something else runs it */
+    bool sidecar_begun;
+    int64_t sidecar_pid;
+    uint16_t sidecar_port;
+    bool sidecar_accepts;
+    bool sidecar_reported;   /* a person was told that it does not accept */
+    unsigned sidecar_misses; /* failed probes in a row while the process lives */
+    bool moved_in_start;
+    struct probe *probe; /* at most one */
+
+    struct mesh_upstream *upstreams;
+    size_t upstream_count;
+    uint16_t *used_ports; /* upstream ports this sidecar process may have bound */
+    size_t used_count;
+    struct mesh_request *requests; /* all in hand, oldest first */
+
+    uint64_t sidecar_starts;
+    uint64_t registrations;
+    uint64_t repairs;
+};
+
+/* mesh.c */
+void mesh_emit(struct mesh *mesh, const struct meshx_event *event);
+void mesh_log(struct mesh *mesh, enum meshx_level level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void mesh_note_failure(struct mesh *mesh, const struct meshx_failure *failure);
+/* Takes what other threads have left; also called by timers, because a wish for drain or
+ * stop may have come without memory to post it. */
+void mesh_read_mailbox(struct mesh *mesh);
+/* Ends and frees the node service: last answers, FAILED, STOPPED, release. Not from
+ * within a callback of one of its parts: start |finish| for that. */
+void mesh_finish(struct mesh *mesh);
+
+/* mesh_start.c */
+void mesh_start(struct mesh *mesh);
+void mesh_start_registered(struct mesh *mesh, const struct meshx_failure *failure);
+void mesh_start_checked(struct mesh *mesh, struct mesh_check *check,
+                        const struct meshx_failure *failure);
+void mesh_start_sidecar_ended(struct mesh *mesh, const struct meshx_failure *failure);
+void mesh_start_sidecar_said(struct mesh *mesh, const char *line);
+void mesh_start_accepts(struct mesh *mesh);
+void mesh_start_retry(struct mesh *mesh);
+void mesh_start_overdue(struct mesh *mesh);
+/* Chooses sidecar_port, another than the current one unless it is pinned. */
+int mesh_choose_sidecar_port(struct mesh *mesh, struct meshx_failure *failure);
+
+/* mesh_registration.c */
+/* The desired state has changed: counts it and sends it as soon as possible. */
+uint64_t mesh_registration_change(struct mesh *mesh);
+/* Sends it if something is to be sent and nothing is under way. */
+void mesh_registration_apply(struct mesh *mesh);
+/* The agent does not know us any more. */
+void mesh_registration_lost(struct mesh *mesh);
+
+/* mesh_health.c */
+void mesh_health_begin(struct mesh *mesh);
+void mesh_heartbeat(struct mesh *mesh);
+void mesh_check_set(struct mesh_check *check, enum consul_check status, const char *note);
+/* Passes both checks as far as they deserve it. */
+void mesh_check_both(struct mesh *mesh);
+/* Tells the outcome of one of our own requests to the agent (NULL: it worked): logs
+ * changes, schedules the retry. */
+void mesh_agent_result(struct mesh *mesh, enum mesh_talk talk,
+                       const struct meshx_failure *failure);
+/* Sets |retry| with the next back-off, unless it is set. */
+void mesh_retry_later(struct mesh *mesh);
+/* Probes the public port every |interval| ms for |timeout| ms, unless one is under way.
+ */
+void mesh_probe_sidecar(struct mesh *mesh, uint32_t interval, uint32_t timeout);
+extern const struct sidecar_callbacks mesh_sidecar_callbacks; /* but for |context| */
+
+/* mesh_upstream.c */
+/* Takes over |request|; queued until READY. */
+void mesh_upstream_request(struct mesh *mesh, struct mesh_request *request);
+/* READY: begins what was queued. */
+void mesh_upstream_ready(struct mesh *mesh);
+/* Up to |revision| the desired state is applied, or refused with |failure|. */
+void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
+                           const struct meshx_failure *failure);
+/* A new sidecar process: only the ports of current upstreams are in use. */
+void mesh_upstream_forget_ports(struct mesh *mesh);
+bool mesh_upstream_port_used(void *mesh, uint16_t port);
+/* Answers all with ESTOPPED. */
+void mesh_upstream_stop(struct mesh *mesh);
+/* Frees requests and upstreams; the agent's answers can't come any more. */
+void mesh_upstream_fini(struct mesh *mesh);
+
+/* mesh_stop.c */
+void mesh_drain(struct mesh *mesh);
+void mesh_stop(struct mesh *mesh);
+/* Goes on with a stop when the registration in flight is done. */
+void mesh_stop_continue(struct mesh *mesh);
+void mesh_sidecar_stopped(struct mesh *mesh);
+/* Loop member: ends at once. */
+void mesh_abandon(void *self);
+
+#endif

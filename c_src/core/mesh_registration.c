@@ -1,0 +1,147 @@
+/*
+ * The one writer of our registration: desired against applied. L4, control thread only.
+ *
+ * Every PUT carries the whole desired state and at most one is under way, so no update
+ * is lost and whatever is asked for meanwhile goes out in the next one: a burst of
+ * upstreams costs two. Revisions are explained at struct mesh_registration.
+ */
+#include "error.h"
+#include "mesh_internal.h"
+#include <stdlib.h>
+
+static void on_registered(const struct meshx_failure *failure, void *argument);
+
+/* Writes the desired state as JSON to |*out| (new). */
+static int write_registration(const struct mesh *mesh, char **out,
+                              struct meshx_failure *failure) {
+    const struct meshx_config *config = &mesh->config.values;
+    size_t count = mesh->upstream_count;
+    struct document_upstream *upstreams = calloc(count + 1, sizeof *upstreams);
+    if (upstreams == NULL) {
+        return error_set(failure, MESHX_ENOMEM, "out of memory for the registration");
+    }
+    for (size_t i = 0; i < count; i++) {
+        upstreams[i] =
+            (struct document_upstream){.service_name = mesh->upstreams[i].service_name,
+                                       .bind_address = "127.0.0.1",
+                                       .port = mesh->upstreams[i].port};
+    }
+    struct document_registration registration = {
+        .node = config->node,
+        .service_id = config->service_id,
+        .service_name = config->service_name,
+        .listen_address = mesh->config.listen_probe_address,
+        .listen_port = config->listen_port,
+        .sidecar_address = config->sidecar_address,
+        .sidecar_port = mesh->sidecar_port,
+        .vm_check_id = mesh->vm_check.id,
+        .sidecar_check_id = mesh->sidecar_check.id,
+        .ttl = config->ttl,
+        .deregister_after = config->deregister_after,
+        .service_template = config->service_template,
+        .upstream_template = config->upstream_template,
+        .upstreams = upstreams,
+        .upstream_count = count};
+    int code = document_registration(&registration, out, failure);
+    free(upstreams);
+    return code;
+}
+
+uint64_t mesh_registration_change(struct mesh *mesh) {
+    uint64_t revision = ++mesh->registration.wanted;
+    mesh_registration_apply(mesh);
+    return revision;
+}
+
+void mesh_registration_apply(struct mesh *mesh) {
+    struct mesh_registration *registration = &mesh->registration;
+    bool something = registration->wanted > registration->sent ||
+                     registration->lost != 0 || registration->moving != 0;
+    bool alive = mesh->state == MESHX_STATE_STARTING || mesh->state == MESHX_STATE_READY;
+    if (registration->in_flight || !something || !alive) {
+        return;
+    }
+    char *json = NULL;
+    struct meshx_failure failure;
+    registration->in_flight = true;
+    registration->sent = registration->wanted;
+    int code = write_registration(mesh, &json, &failure);
+    if (code == MESHX_OK) {
+        code = consul_register(mesh->consul, json, on_registered, mesh);
+        if (code != MESHX_OK) {
+            error_set(&failure, code, "out of memory for the registration");
+        }
+    }
+    free(json);
+    if (code != MESHX_OK) {
+        on_registered(&failure, mesh);
+    }
+}
+
+void mesh_registration_lost(struct mesh *mesh) {
+    struct mesh_registration *registration = &mesh->registration;
+    if (registration->lost != 0) {
+        return;
+    }
+    mesh_log(mesh, MESHX_LEVEL_WARNING,
+             "the agent at %s does not know %s any more (restarted without its data, or "
+             "someone deregistered it): registering it again",
+             mesh->config.endpoint.shown, mesh->config.values.service_id);
+    registration->lost = ++registration->wanted;
+    mesh_registration_apply(mesh);
+}
+
+/* All that was waiting for what the agent has now. */
+static void on_applied(struct mesh *mesh) {
+    struct mesh_registration *registration = &mesh->registration;
+    if (registration->moving != 0 && registration->moving <= registration->applied) {
+        registration->moving = 0;
+        mesh->sidecar_pid = 0;
+        sidecar_restart(mesh->sidecar);
+    }
+    if (registration->lost != 0 && registration->lost <= registration->applied) {
+        registration->lost = 0;
+        mesh->repairs++;
+        mesh_log(mesh, MESHX_LEVEL_NOTICE, "%s is registered again at the agent at %s",
+                 mesh->config.values.service_id, mesh->config.endpoint.shown);
+        mesh_check_both(mesh); /* new checks begin critical */
+    }
+    mesh_upstream_applied(mesh, registration->applied, NULL);
+    mesh_registration_apply(mesh);
+}
+
+/* Answer of the agent, or |failure| before anything was sent. */
+static void on_registered(const struct meshx_failure *failure, void *argument) {
+    struct mesh *mesh = argument;
+    struct mesh_registration *registration = &mesh->registration;
+    registration->in_flight = false;
+    if (failure == NULL) {
+        registration->may_exist = true;
+        registration->applied = registration->sent;
+        mesh->registrations++;
+    } else if (failure->code != MESHX_EAGENT_UNREACHABLE &&
+               failure->code != MESHX_EAGENT_ACL && failure->code != MESHX_ENOMEM &&
+               failure->code != MESHX_ECONFIG) {
+        registration->may_exist = true; /* it may have done it and not said so */
+    }
+    if (mesh->state == MESHX_STATE_STOPPING) {
+        mesh_stop_continue(mesh);
+    } else if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_registered(mesh, failure);
+    } else if (failure == NULL) {
+        mesh_agent_result(mesh, MESH_TALK_REGISTRATION, NULL);
+        on_applied(mesh);
+    } else {
+        /* Those who asked are told and may ask again. What holds on is retried. */
+        bool retried = registration->lost != 0 || registration->moving != 0;
+        mesh_upstream_applied(mesh, registration->sent, failure);
+        if (retried) {
+            mesh_agent_result(mesh, MESH_TALK_REGISTRATION, failure);
+        } else {
+            mesh_note_failure(mesh, failure);
+        }
+        if (registration->wanted > registration->sent) {
+            mesh_registration_apply(mesh);
+        }
+    }
+}

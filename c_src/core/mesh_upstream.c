@@ -1,0 +1,369 @@
+/*
+ * Lookups and upstreams: from a node name to a local port that leads to it. L4, control
+ * thread only.
+ *
+ * A connect() to an upstream's port proves nothing (the proxy accepts first, dials
+ * later), so the agent is asked first, side by side: is there such a node and is it
+ * healthy, and may we connect to it? Only then an upstream is wanted. One service has one
+ * upstream, and a port leads to one service for the life of the sidecar's process, since
+ * the built-in proxy never closes a listener: a port whose upstream was given up stays in
+ * |used_ports|.
+ *
+ * A request is in mesh->requests from mesh_upstream_request() until it is answered and
+ * no answer of the agent refers to it any more.
+ */
+#include "error.h"
+#include "mesh_internal.h"
+#include "sock.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- requests ---- */
+
+static void unlink_request(struct mesh *mesh, struct mesh_request *request) {
+    struct mesh_request **place = &mesh->requests;
+    while (*place != request) {
+        place = &(*place)->next;
+    }
+    *place = request->next;
+}
+
+/* |request| may be freed by this. */
+static void answer(struct mesh_request *request, const struct meshx_failure *failure,
+                   uint16_t port) {
+    struct mesh *mesh = request->mesh;
+    struct meshx_event event = {.type = MESHX_EVENT_UPSTREAM,
+                                .request = request->id,
+                                .failure = failure,
+                                .port = port};
+    request->answered = true;
+    if (failure != NULL && failure->code != MESHX_ESTOPPED) {
+        mesh_note_failure(mesh, failure);
+    }
+    mesh_emit(mesh, &event);
+    if (request->lookups == 0) {
+        unlink_request(mesh, request);
+        mesh_request_free(request);
+    }
+}
+
+static void answer_out_of_memory(struct mesh_request *request) {
+    struct meshx_failure failure;
+    error_set(&failure, MESHX_ENOMEM, "out of memory for the way to %s", request->node);
+    answer(request, &failure, 0);
+}
+
+/* ---- upstreams ---- */
+
+bool mesh_upstream_port_used(void *context, uint16_t port) {
+    const struct mesh *mesh = context;
+    for (size_t i = 0; i < mesh->used_count; i++) {
+        if (mesh->used_ports[i] == port) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool port_taken(void *context, uint16_t port) {
+    const struct mesh *mesh = context;
+    return port == mesh->sidecar_port || port == mesh->config.values.listen_port ||
+           mesh_upstream_port_used(context, port);
+}
+
+void mesh_upstream_forget_ports(struct mesh *mesh) {
+    mesh->used_count = 0; /* there is room: each upstream's port was in it before */
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        mesh->used_ports[mesh->used_count++] = mesh->upstreams[i].port;
+    }
+}
+
+static struct mesh_upstream *find_upstream(struct mesh *mesh, const char *service_name) {
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        if (strcmp(mesh->upstreams[i].service_name, service_name) == 0) {
+            return &mesh->upstreams[i];
+        }
+    }
+    return NULL;
+}
+
+/* Makes room for one more in both lists. */
+static bool reserve(struct mesh *mesh) {
+    struct mesh_upstream *upstreams =
+        realloc(mesh->upstreams, (mesh->upstream_count + 1) * sizeof *upstreams);
+    if (upstreams == NULL) {
+        return false;
+    }
+    mesh->upstreams = upstreams;
+    uint16_t *ports = realloc(mesh->used_ports, (mesh->used_count + 1) * sizeof *ports);
+    if (ports == NULL) {
+        return false;
+    }
+    mesh->used_ports = ports;
+    return true;
+}
+
+/* Adds the upstream |request| needs to the desired state. */
+static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
+                        struct meshx_failure *failure) {
+    const struct meshx_port_range range = mesh->config.values.upstream_ports;
+    struct mesh_upstream upstream = {.revision = mesh->registration.wanted + 1};
+    if (sock_find_port("127.0.0.1", range, port_taken, mesh, &upstream.port) != 0) {
+        return error_set(failure, MESHX_ENO_PORT,
+                         "no port in upstream_ports %u..%u is free for the way to %s",
+                         range.first, range.last, request->node);
+    }
+    upstream.node = strdup(request->node);
+    upstream.service_name = strdup(request->service_name);
+    if (upstream.node == NULL || upstream.service_name == NULL || !reserve(mesh)) {
+        free(upstream.node);
+        free(upstream.service_name);
+        return error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s",
+                         request->node);
+    }
+    mesh->upstreams[mesh->upstream_count++] = upstream;
+    mesh->used_ports[mesh->used_count++] = upstream.port;
+    return MESHX_OK;
+}
+
+static void free_upstream(struct mesh_upstream *upstream) {
+    free(upstream->node);
+    free(upstream->service_name);
+}
+
+/* Gives up those that were in the refused revision and never applied. */
+static void drop_upstreams(struct mesh *mesh, uint64_t revision) {
+    size_t kept = 0;
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        struct mesh_upstream *upstream = &mesh->upstreams[i];
+        if (upstream->revision > mesh->registration.applied &&
+            upstream->revision <= revision) {
+            free_upstream(upstream);
+        } else {
+            mesh->upstreams[kept++] = *upstream;
+        }
+    }
+    mesh->upstream_count = kept;
+}
+
+void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
+                           const struct meshx_failure *failure) {
+    /* Ports are read before anything is dropped; an answer may free its request. */
+    struct mesh_request *next = NULL;
+    for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
+        next = request->next;
+        if (request->revision != 0 && request->revision <= revision &&
+            !request->answered) {
+            const struct mesh_upstream *upstream =
+                find_upstream(mesh, request->service_name);
+            answer(request, failure,
+                   failure == NULL && upstream != NULL ? upstream->port : 0);
+        }
+    }
+    if (failure != NULL) {
+        drop_upstreams(mesh, revision);
+    }
+}
+
+static void dial(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    struct meshx_failure failure;
+    struct mesh_upstream *upstream = find_upstream(mesh, request->service_name);
+    if (upstream == NULL && add_upstream(mesh, request, &failure) != MESHX_OK) {
+        answer(request, &failure, 0);
+    } else if (upstream == NULL) {
+        request->revision = mesh->registration.wanted + 1;
+        mesh_registration_change(mesh); /* a failure may answer and free |request| */
+    } else {
+        if (strcmp(upstream->node, request->node) != 0) {
+            char *former = upstream->node; /* another node has the service name now */
+            upstream->node = request->node;
+            request->node = former;
+        }
+        if (upstream->revision <= mesh->registration.applied) {
+            answer(request, NULL, upstream->port);
+        } else {
+            request->revision = upstream->revision;
+        }
+    }
+}
+
+/* ---- lookups ---- */
+
+static void answer_sidecar_down(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    struct meshx_failure failure;
+    bool gone = mesh->sidecar != NULL && mesh->sidecar_pid == 0;
+    error_set(&failure, MESHX_ESIDECAR_DOWN,
+              "%s can't be dialed, because the sidecar of %s %s at port %u; the log says "
+              "why",
+              request->node, mesh->config.values.node,
+              gone ? "does not run (it is being restarted)" : "does not accept",
+              mesh->sidecar_port);
+    answer(request, &failure, 0);
+}
+
+/* Both answers have come: the most telling failure counts. */
+static void judge(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    if (request->answered) {
+        unlink_request(mesh, request);
+        mesh_request_free(request);
+        return;
+    }
+    const struct meshx_failure *found = &request->found;
+    const struct meshx_failure *allowed = &request->allowed;
+    if (found->code != MESHX_OK &&
+        (found->code != MESHX_ENODE_UNHEALTHY || allowed->code == MESHX_OK)) {
+        answer(request, found, 0);
+    } else if (allowed->code != MESHX_OK) {
+        answer(request, allowed, 0);
+    } else if (request->kind == MESH_REQUEST_ASK) {
+        answer(request, NULL, 0);
+    } else {
+        dial(request);
+    }
+}
+
+static void lookup_answered(struct mesh_request *request) {
+    request->lookups--;
+    if (request->lookups == 0) {
+        judge(request);
+    }
+}
+
+static void judge_instances(struct mesh_request *request,
+                            const struct document_instances *instances) {
+    const char *trouble = NULL;
+    const struct document_instance *other = NULL;
+    bool known = false;
+    bool passing = false;
+    for (size_t i = 0; i < instances->count; i++) {
+        const struct document_instance *instance = &instances->items[i];
+        if (instance->node != NULL && strcmp(instance->node, request->node) == 0) {
+            known = true;
+            passing = passing || instance->passing;
+            trouble = trouble != NULL ? trouble : instance->trouble;
+        } else if (instance->passing) {
+            other = instance;
+        }
+    }
+    if (!known) {
+        error_set(&request->found, MESHX_ENODE_UNKNOWN,
+                  "%s is not registered in Consul (service %s); is it started, with "
+                  "-proto_dist meshx_node and in this datacenter?",
+                  request->node, request->service_name);
+    } else if (!passing) {
+        error_set(&request->found, MESHX_ENODE_UNHEALTHY,
+                  "%s is registered in Consul (service %s), but not healthy: %.250s",
+                  request->node, request->service_name,
+                  trouble != NULL ? trouble : "its checks do not pass");
+    } else if (other != NULL) {
+        /* A proxy dials any passing instance of a service, so it would be a lottery. */
+        error_set(&request->found, MESHX_ECONFIG,
+                  "%s and %s are both instances of service %s, which makes it a matter "
+                  "of luck which of them is reached; give each node its own service_name",
+                  request->node, other->node != NULL ? other->node : other->service_id,
+                  request->service_name);
+    }
+}
+
+static void on_instances(const struct meshx_failure *failure,
+                         const struct document_instances *instances, void *argument) {
+    struct mesh_request *request = argument;
+    if (failure != NULL) {
+        request->found = *failure;
+    } else {
+        judge_instances(request, instances);
+    }
+    lookup_answered(request);
+}
+
+static void on_allowed(const struct meshx_failure *failure, bool allowed,
+                       void *argument) {
+    struct mesh_request *request = argument;
+    const char *source = request->mesh->config.values.service_name;
+    const char *destination = request->service_name;
+    if (failure != NULL && failure->code == MESHX_EAGENT_ACL) {
+        error_set(&request->allowed, failure->code,
+                  "whether %s may connect to %s can't be asked: the token needs "
+                  "service:read on %s (%.200s)",
+                  source, destination, destination, failure->text);
+    } else if (failure != NULL) {
+        request->allowed = *failure;
+    } else if (!allowed) {
+        error_set(&request->allowed, MESHX_EDENIED,
+                  "a Consul intention (or the default policy) denies %s => %s; allow it "
+                  "with `consul intention create -replace -allow %s %s`",
+                  source, destination, source, destination);
+    }
+    lookup_answered(request);
+}
+
+static void look_up(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    if (request->kind == MESH_REQUEST_DIAL && !mesh->sidecar_accepts) {
+        answer_sidecar_down(request);
+        return;
+    }
+    if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
+                         on_instances, request) != MESHX_OK) {
+        answer_out_of_memory(request);
+        return;
+    }
+    request->lookups = 1;
+    if (consul_allowed(mesh->consul, mesh->config.values.service_name,
+                       request->service_name, on_allowed, request) != MESHX_OK) {
+        answer_out_of_memory(request);
+        return;
+    }
+    request->lookups = 2;
+}
+
+void mesh_upstream_request(struct mesh *mesh, struct mesh_request *request) {
+    struct mesh_request **last = &mesh->requests;
+    while (*last != NULL) {
+        last = &(*last)->next;
+    }
+    *last = request;
+    request->mesh = mesh;
+    if (mesh->state == MESHX_STATE_READY) {
+        look_up(request);
+    } else if (mesh->state != MESHX_STATE_STARTING) {
+        mesh_upstream_stop(mesh);
+    }
+}
+
+void mesh_upstream_ready(struct mesh *mesh) {
+    struct mesh_request *next = NULL;
+    for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
+        next = request->next;
+        look_up(request);
+    }
+}
+
+void mesh_upstream_stop(struct mesh *mesh) {
+    struct meshx_failure failure;
+    error_set(&failure, MESHX_ESTOPPED, "the node service of %s is stopped",
+              mesh->config.values.node);
+    struct mesh_request *next = NULL;
+    for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
+        next = request->next;
+        if (!request->answered) {
+            answer(request, &failure, 0);
+        }
+    }
+}
+
+void mesh_upstream_fini(struct mesh *mesh) {
+    while (mesh->requests != NULL) {
+        struct mesh_request *request = mesh->requests;
+        mesh->requests = request->next;
+        mesh_request_free(request);
+    }
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        free_upstream(&mesh->upstreams[i]);
+    }
+    free(mesh->upstreams);
+    free(mesh->used_ports);
+}

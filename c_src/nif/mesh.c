@@ -1,0 +1,583 @@
+/*
+ * The mesh resource: see mesh.h for the messages.
+ *
+ * Two objects: the resource, which Erlang holds and which has the core's handle, and the
+ * listener of events, which the core holds until its release callback. Neither points to
+ * the other, so they end in any order.
+ */
+#include "mesh.h"
+#include <string.h>
+
+static ErlNifResourceType *mesh_type;
+
+struct mesh {
+    ErlNifMutex *lock;
+    struct meshx_mesh *handle; /* NULL: given up; guarded by |lock| */
+    ErlNifMonitor monitor;
+};
+
+/* Who gets the events. Control thread only after mesh_open. */
+struct subscriber {
+    ErlNifPid pid;
+    ErlNifEnv *env; /* holds |tag| */
+    ERL_NIF_TERM tag;
+};
+
+/* ---- life ---- */
+
+static void give_up(struct mesh *mesh) {
+    struct meshx_mesh *handle;
+
+    enif_mutex_lock(mesh->lock);
+    handle = mesh->handle;
+    mesh->handle = NULL;
+    enif_mutex_unlock(mesh->lock);
+    if (handle != NULL) {
+        meshx_mesh_close(handle);
+    }
+}
+
+static void on_destroy(ErlNifEnv *env, void *object) {
+    struct mesh *mesh = object;
+
+    (void)env;
+    if (mesh->lock != NULL) {
+        give_up(mesh);
+        enif_mutex_destroy(mesh->lock);
+    }
+}
+
+static void on_down(ErlNifEnv *env, void *object, ErlNifPid *pid,
+                    ErlNifMonitor *monitor) {
+    (void)env;
+    (void)pid;
+    (void)monitor;
+    give_up(object);
+}
+
+bool mesh_open_type(ErlNifEnv *env, ErlNifResourceFlags flags) {
+    ErlNifResourceTypeInit callbacks = {.dtor = on_destroy, .down = on_down};
+
+    mesh_type = enif_open_resource_type_x(env, "meshx_mesh", &callbacks, flags, NULL);
+    return mesh_type != NULL;
+}
+
+static struct mesh *mesh_get(ErlNifEnv *env, ERL_NIF_TERM term) {
+    void *object;
+
+    return enif_get_resource(env, term, mesh_type, &object) ? object : NULL;
+}
+
+/* ---- events ---- */
+
+static ERL_NIF_TERM make_state(enum meshx_state state) {
+    switch (state) {
+    case MESHX_STATE_STARTING:
+        return am_starting;
+    case MESHX_STATE_READY:
+        return am_ready;
+    case MESHX_STATE_STOPPING:
+        return am_stopping;
+    case MESHX_STATE_STOPPED:
+        break;
+    }
+    return am_stopped;
+}
+
+static ERL_NIF_TERM make_boolean(bool value) {
+    return value ? am_true : am_false;
+}
+
+static ERL_NIF_TERM make_upstreams(ErlNifEnv *env, const struct meshx_info *info) {
+    ERL_NIF_TERM list = enif_make_list(env, 0);
+
+    for (size_t i = info->upstream_count; i-- > 0;) {
+        const struct meshx_upstream_info *upstream = &info->upstreams[i];
+        ERL_NIF_TERM keys[] = {am_node, am_service_name, am_port, am_applied};
+        ERL_NIF_TERM values[] = {
+            terms_text(env, upstream->node), terms_text(env, upstream->service_name),
+            enif_make_uint(env, upstream->port), make_boolean(upstream->applied)};
+        ERL_NIF_TERM map;
+        enif_make_map_from_arrays(env, keys, values, 4, &map);
+        list = enif_make_list_cell(env, map, list);
+    }
+    return list;
+}
+
+static ERL_NIF_TERM make_info(ErlNifEnv *env, const struct meshx_info *info) {
+    const struct {
+        ERL_NIF_TERM key;
+        ERL_NIF_TERM value;
+    } fields[] = {
+        {am_state, make_state(info->state)},
+        {am_service_id, terms_text(env, info->service_id)},
+        {am_service_name, terms_text(env, info->service_name)},
+        {am_agent, terms_text(env, info->agent)},
+        {am_listen_port, enif_make_uint(env, info->listen_port)},
+        {am_sidecar_port, enif_make_uint(env, info->sidecar_port)},
+        {am_sidecar_pid,
+         info->sidecar_pid > 0 ? enif_make_int64(env, info->sidecar_pid) : am_undefined},
+        {am_sidecar_accepts, make_boolean(info->sidecar_accepts)},
+        {am_registered, make_boolean(info->registered)},
+        {am_sidecar_starts, enif_make_uint64(env, info->sidecar_starts)},
+        {am_registrations, enif_make_uint64(env, info->registrations)},
+        {am_repairs, enif_make_uint64(env, info->repairs)},
+        {am_requests, enif_make_uint64(env, info->requests)},
+        {am_request_failures, enif_make_uint64(env, info->request_failures)},
+        {am_upstreams, make_upstreams(env, info)},
+        {am_last_failure, terms_failure(env, info->last_failure)},
+    };
+    ERL_NIF_TERM map = enif_make_new_map(env);
+
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        enif_make_map_put(env, map, fields[i].key, fields[i].value, &map);
+    }
+    return map;
+}
+
+static ERL_NIF_TERM make_level(enum meshx_level level) {
+    switch (level) {
+    case MESHX_LEVEL_INFO:
+        return am_info;
+    case MESHX_LEVEL_NOTICE:
+        return am_notice;
+    case MESHX_LEVEL_WARNING:
+        return am_warning;
+    case MESHX_LEVEL_ERROR:
+        break;
+    }
+    return am_error;
+}
+
+static ERL_NIF_TERM make_upstream(ErlNifEnv *env, const struct meshx_event *event) {
+    ERL_NIF_TERM result =
+        event->failure != NULL
+            ? enif_make_tuple2(env, am_error, terms_failure(env, event->failure))
+            : enif_make_tuple2(env, am_ok, enif_make_uint(env, event->port));
+
+    return enif_make_tuple2(env, enif_make_uint64(env, event->request), result);
+}
+
+/* Called by the core, on its control thread. */
+static void on_event(const struct meshx_event *event, void *context) {
+    struct subscriber *subscriber = context;
+    ErlNifEnv *env = enif_alloc_env();
+    ERL_NIF_TERM type = am_undefined;
+    ERL_NIF_TERM data = am_undefined;
+
+    if (env == NULL) {
+        return; /* the emulator itself does not survive this for long */
+    }
+    switch (event->type) {
+    case MESHX_EVENT_READY:
+        type = am_ready;
+        data = enif_make_list(env, 0);
+        break;
+    case MESHX_EVENT_FAILED:
+        type = am_failed;
+        data = terms_failure(env, event->failure);
+        break;
+    case MESHX_EVENT_UPSTREAM:
+        type = am_upstream;
+        data = make_upstream(env, event);
+        break;
+    case MESHX_EVENT_INFO:
+        type = am_info;
+        data = enif_make_tuple2(env, enif_make_uint64(env, event->request),
+                                make_info(env, event->info));
+        break;
+    case MESHX_EVENT_OUTPUT:
+        type = am_output;
+        data =
+            enif_make_tuple2(env, event->stream == MESHX_STDOUT ? am_stdout : am_stderr,
+                             terms_text(env, event->text));
+        break;
+    case MESHX_EVENT_LOG:
+        type = am_log;
+        data =
+            enif_make_tuple2(env, make_level(event->level), terms_text(env, event->text));
+        break;
+    case MESHX_EVENT_STOPPED:
+        type = am_stopped;
+        data = terms_failure(env, event->failure);
+        break;
+    }
+    /* A receiver that is gone is handled by the resource's monitor. */
+    enif_send(NULL, &subscriber->pid, env,
+              enif_make_tuple4(env, am_meshx_event, enif_make_copy(env, subscriber->tag),
+                               type, data));
+    enif_free_env(env);
+}
+
+static void on_release(void *context) {
+    struct subscriber *subscriber = context;
+
+    enif_free_env(subscriber->env);
+    enif_free(subscriber);
+}
+
+/* ---- configuration ---- */
+
+/* What decode_config() allocates; a zeroed one is valid. */
+struct decoded {
+    struct meshx_config config;
+    char *texts[64]; /* every string, for the release */
+    size_t text_count;
+    struct meshx_setting *settings;
+    const char **command;
+    const char **environment;
+};
+
+static void decoded_fini(struct decoded *decoded) {
+    for (size_t i = 0; i < decoded->text_count; i++) {
+        enif_free(decoded->texts[i]);
+    }
+    for (size_t i = 0; decoded->settings != NULL && decoded->settings[i].name != NULL;
+         i++) {
+        enif_free((char *)(uintptr_t)decoded->settings[i].name);
+        enif_free((char *)(uintptr_t)decoded->settings[i].value);
+    }
+    for (size_t i = 0; decoded->command != NULL && decoded->command[i] != NULL; i++) {
+        enif_free((char *)(uintptr_t)decoded->command[i]);
+    }
+    for (size_t i = 0; decoded->environment != NULL && decoded->environment[i] != NULL;
+         i++) {
+        enif_free((char *)(uintptr_t)decoded->environment[i]);
+    }
+    enif_free(decoded->settings);
+    enif_free((void *)decoded->command);
+    enif_free((void *)decoded->environment);
+}
+
+static bool get_text(ErlNifEnv *env, ERL_NIF_TERM value, struct decoded *decoded,
+                     const char **out) {
+    char *text = terms_to_text(env, value);
+
+    if (text == NULL) {
+        return false;
+    }
+    decoded->texts[decoded->text_count++] = text;
+    *out = text;
+    return true;
+}
+
+/* A list of binaries to an array ended by NULL. */
+static bool get_texts(ErlNifEnv *env, ERL_NIF_TERM list, const char ***out) {
+    unsigned length;
+    ERL_NIF_TERM item;
+
+    if (!enif_get_list_length(env, list, &length)) {
+        return false;
+    }
+    *out = enif_alloc((length + 1) * sizeof **out);
+    if (*out == NULL) {
+        return false;
+    }
+    memset((void *)*out, 0, (length + 1) * sizeof **out);
+    for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
+        (*out)[i] = terms_to_text(env, item);
+        if ((*out)[i] == NULL) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* [{Name, Value}] to an array ended by a NULL name. */
+static bool get_settings(ErlNifEnv *env, ERL_NIF_TERM list, struct meshx_setting **out) {
+    unsigned length;
+    ERL_NIF_TERM item;
+
+    if (!enif_get_list_length(env, list, &length)) {
+        return false;
+    }
+    *out = enif_alloc((length + 1) * sizeof **out);
+    if (*out == NULL) {
+        return false;
+    }
+    memset(*out, 0, (length + 1) * sizeof **out);
+    for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
+        const ERL_NIF_TERM *pair;
+        int arity;
+        if (!enif_get_tuple(env, item, &arity, &pair) || arity != 2) {
+            return false;
+        }
+        (*out)[i].name = terms_to_text(env, pair[0]);
+        if ((*out)[i].name == NULL) {
+            return false;
+        }
+        (*out)[i].value = terms_to_text(env, pair[1]);
+        if ((*out)[i].value == NULL) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool get_range(ErlNifEnv *env, ERL_NIF_TERM value, struct meshx_port_range *out) {
+    const ERL_NIF_TERM *pair;
+    int arity;
+    unsigned first;
+    unsigned last;
+
+    if (!enif_get_tuple(env, value, &arity, &pair) || arity != 2 ||
+        !enif_get_uint(env, pair[0], &first) || !enif_get_uint(env, pair[1], &last) ||
+        first > UINT16_MAX || last > UINT16_MAX) {
+        return false;
+    }
+    out->first = (uint16_t)first;
+    out->last = (uint16_t)last;
+    return true;
+}
+
+/* The map of meshx_node_config:load/1 with listen_address and listen_port. On failure
+ * |*culprit| is the key. */
+static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *decoded,
+                          ERL_NIF_TERM *culprit) {
+    struct meshx_config *config = &decoded->config;
+    const struct {
+        ERL_NIF_TERM key;
+        const char **out;
+        bool optional; /* the atom undefined is allowed */
+    } texts[] = {
+        {am_node, &config->node, false},
+        {am_service_id, &config->service_id, false},
+        {am_service_name, &config->service_name, false},
+        {am_listen_address, &config->listen_address, false},
+        {am_service_template, &config->service_template, true},
+        {am_upstream_template, &config->upstream_template, true},
+        {am_guard_path, &config->guard_path, false},
+        {am_sidecar_address, &config->sidecar_address, true},
+    };
+    const struct {
+        ERL_NIF_TERM key;
+        uint32_t *out;
+    } numbers[] = {
+        {am_sidecar_restart_min, &config->sidecar_restart_min},
+        {am_sidecar_restart_max, &config->sidecar_restart_max},
+        {am_ttl, &config->ttl},
+        {am_deregister_after, &config->deregister_after},
+        {am_start_timeout, &config->start_timeout},
+        {am_request_timeout, &config->request_timeout},
+        {am_stop_timeout, &config->stop_timeout},
+    };
+    ERL_NIF_TERM value;
+    unsigned number;
+
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        *culprit = texts[i].key;
+        if (!enif_get_map_value(env, map, texts[i].key, &value)) {
+            return false;
+        }
+        if (!(texts[i].optional && enif_is_identical(value, am_undefined)) &&
+            !get_text(env, value, decoded, texts[i].out)) {
+            return false;
+        }
+    }
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        *culprit = numbers[i].key;
+        if (!enif_get_map_value(env, map, numbers[i].key, &value) ||
+            !enif_get_uint(env, value, &number)) {
+            return false;
+        }
+        *numbers[i].out = number;
+    }
+    *culprit = am_listen_port;
+    if (!enif_get_map_value(env, map, am_listen_port, &value) ||
+        !enif_get_uint(env, value, &number) || number > UINT16_MAX) {
+        return false;
+    }
+    config->listen_port = (uint16_t)number;
+    *culprit = am_sidecar_ports;
+    if (!enif_get_map_value(env, map, am_sidecar_ports, &value) ||
+        !get_range(env, value, &config->sidecar_ports)) {
+        return false;
+    }
+    *culprit = am_upstream_ports;
+    if (!enif_get_map_value(env, map, am_upstream_ports, &value) ||
+        !get_range(env, value, &config->upstream_ports)) {
+        return false;
+    }
+    *culprit = am_consul;
+    if (!enif_get_map_value(env, map, am_consul, &value) ||
+        !get_settings(env, value, &decoded->settings)) {
+        return false;
+    }
+    config->consul = decoded->settings;
+    *culprit = am_sidecar_environment;
+    if (!enif_get_map_value(env, map, am_sidecar_environment, &value) ||
+        !get_texts(env, value, &decoded->environment)) {
+        return false;
+    }
+    config->sidecar_environment = decoded->environment;
+    *culprit = am_sidecar_command;
+    if (!enif_get_map_value(env, map, am_sidecar_command, &value) ||
+        (!enif_is_identical(value, am_none) &&
+         !get_texts(env, value, &decoded->command))) {
+        return false;
+    }
+    config->sidecar_command = decoded->command; /* NULL for none */
+    *culprit = am_force_registration;
+    if (!enif_get_map_value(env, map, am_force_registration, &value)) {
+        return false;
+    }
+    config->force_registration = enif_is_identical(value, am_true);
+    return true;
+}
+
+/* ---- NIFs ---- */
+
+/* mesh_open(Config, Tag) -> {ok, Mesh} | {error, {Code, Text}} */
+ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct meshx_loop **loop = enif_priv_data(env);
+    struct decoded decoded = {0};
+    struct meshx_failure failure = {.code = MESHX_ENOMEM, .text = "out of memory"};
+    struct meshx_callbacks callbacks = {.event = on_event, .release = on_release};
+    struct subscriber *subscriber = NULL;
+    struct mesh *mesh = NULL;
+    ERL_NIF_TERM culprit = am_undefined;
+    ERL_NIF_TERM result;
+    int rc;
+
+    (void)argc;
+    if (!decode_config(env, argv[0], &decoded, &culprit)) {
+        char key[64] = "?";
+        enif_get_atom(env, culprit, key, sizeof key, ERL_NIF_LATIN1);
+        failure.code = MESHX_ECONFIG;
+        enif_snprintf(failure.text, sizeof failure.text,
+                      "configuration key %s is missing or of a wrong type", key);
+        goto fail;
+    }
+    subscriber = enif_alloc(sizeof *subscriber);
+    mesh = enif_alloc_resource(mesh_type, sizeof *mesh);
+    if (mesh != NULL) {
+        memset(mesh, 0, sizeof *mesh);
+        mesh->lock = enif_mutex_create("meshx_mesh");
+    }
+    if (subscriber == NULL || mesh == NULL || mesh->lock == NULL) {
+        goto fail;
+    }
+    memset(subscriber, 0, sizeof *subscriber);
+    subscriber->env = enif_alloc_env();
+    if (subscriber->env == NULL) {
+        goto fail;
+    }
+    enif_self(env, &subscriber->pid);
+    subscriber->tag = enif_make_copy(subscriber->env, argv[1]);
+    if (enif_monitor_process(env, mesh, &subscriber->pid, &mesh->monitor) != 0) {
+        goto fail;
+    }
+    callbacks.context = subscriber;
+    rc = meshx_mesh_open(*loop, &decoded.config, &callbacks, &mesh->handle, &failure);
+    if (rc != MESHX_OK) {
+        failure.code = rc;
+        goto fail;
+    }
+    result = enif_make_tuple2(env, am_ok, enif_make_resource(env, mesh));
+    enif_release_resource(mesh);
+    decoded_fini(&decoded);
+    return result;
+
+fail:
+    result = enif_make_tuple2(env, am_error, terms_failure(env, &failure));
+    if (mesh != NULL) {
+        enif_release_resource(mesh);
+    }
+    if (subscriber != NULL) {
+        if (subscriber->env != NULL) {
+            enif_free_env(subscriber->env);
+        }
+        enif_free(subscriber);
+    }
+    decoded_fini(&decoded);
+    return result;
+}
+
+/* {error, stopped} or {error, out_of_memory} */
+static ERL_NIF_TERM make_result(ErlNifEnv *env, int rc) {
+    return rc == MESHX_OK ? am_ok
+                          : enif_make_tuple2(env, am_error,
+                                             enif_make_atom(env, meshx_error_name(rc)));
+}
+
+/* mesh_upstream(Mesh, Request, Node, ServiceName, dial | ask) -> ok | {error, Code} */
+ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct mesh *mesh = mesh_get(env, argv[0]);
+    ErlNifUInt64 request;
+    char *node = NULL;
+    char *service_name = NULL;
+    ERL_NIF_TERM result;
+    int rc = MESHX_ESTOPPED;
+
+    (void)argc;
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &request) ||
+        (node = terms_to_text(env, argv[2])) == NULL ||
+        (service_name = terms_to_text(env, argv[3])) == NULL) {
+        enif_free(node);
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(mesh->lock);
+    if (mesh->handle != NULL) {
+        rc =
+            meshx_mesh_upstream(mesh->handle, request, node, service_name,
+                                enif_is_identical(argv[4], am_ask) ? MESHX_UPSTREAM_ASK
+                                                                   : MESHX_UPSTREAM_DIAL);
+    }
+    enif_mutex_unlock(mesh->lock);
+    result = make_result(env, rc);
+    enif_free(node);
+    enif_free(service_name);
+    return result;
+}
+
+/* mesh_info(Mesh, Request) -> ok | {error, Code} */
+ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct mesh *mesh = mesh_get(env, argv[0]);
+    ErlNifUInt64 request;
+    int rc = MESHX_ESTOPPED;
+
+    (void)argc;
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &request)) {
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(mesh->lock);
+    if (mesh->handle != NULL) {
+        rc = meshx_mesh_info(mesh->handle, request);
+    }
+    enif_mutex_unlock(mesh->lock);
+    return make_result(env, rc);
+}
+
+/* Those that take the mesh alone and always succeed. */
+static ERL_NIF_TERM simple(ErlNifEnv *env, ERL_NIF_TERM term,
+                           void (*call)(struct meshx_mesh *)) {
+    struct mesh *mesh = mesh_get(env, term);
+
+    if (mesh == NULL) {
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(mesh->lock);
+    if (mesh->handle != NULL) {
+        call(mesh->handle);
+    }
+    enif_mutex_unlock(mesh->lock);
+    return am_ok;
+}
+
+/* mesh_renew(Mesh) -> ok */
+ERL_NIF_TERM nif_mesh_renew(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    (void)argc;
+    return simple(env, argv[0], meshx_mesh_renew);
+}
+
+/* mesh_drain(Mesh) -> ok */
+ERL_NIF_TERM nif_mesh_drain(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    (void)argc;
+    return simple(env, argv[0], meshx_mesh_drain);
+}
+
+/* mesh_stop(Mesh) -> ok */
+ERL_NIF_TERM nif_mesh_stop(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    (void)argc;
+    return simple(env, argv[0], meshx_mesh_stop);
+}

@@ -1,0 +1,33 @@
+/*
+ * The mesh resource: a node service's handle, and its events as messages.
+ *
+ * Events go to the process that opened the mesh as {meshx_event, Tag, Type, Data}, Tag
+ * being a term of its choice:
+ *
+ *   ready     []
+ *   failed    {Code, Text}                                  start failed, undone
+ *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
+ *   info      {Request, Map}
+ *   output    {stdout | stderr, Line}
+ *   log       {info | notice | warning | error, Text}
+ *   stopped   undefined | {Code, Text}                      the last one
+ *
+ * When that process dies the node service is stopped in the background.
+ */
+#ifndef MESHX_NIF_MESH_H
+#define MESHX_NIF_MESH_H
+
+#include "terms.h"
+
+/* Opens the resource type. False: load must fail. */
+bool mesh_open_type(ErlNifEnv *env, ErlNifResourceFlags flags);
+
+/* NIFs; the specs stand in src/meshx_node_nif.erl. */
+ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_renew(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_drain(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_stop(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+
+#endif

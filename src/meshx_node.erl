@@ -1,0 +1,36 @@
+%% What users may ask of their node's place in the mesh. Any process, any time.
+-module(meshx_node).
+
+-export([info/0, info/1, explain/1]).
+
+-export_type([info/0]).
+
+%% Keys: state (starting | ready | stopping | stopped), service_id, service_name, agent,
+%% listen_port, sidecar_port, sidecar_pid, sidecar_accepts, registered, sidecar_starts,
+%% registrations, repairs, requests, request_failures (counts since the start),
+%% upstreams ([#{node, service_name, port, applied}]), last_failure (undefined | {Code, Text}),
+%% links ([#{node, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]).
+-type info() :: map().
+
+%% The node service and its links.
+-spec info() -> {ok, info()} | {error, meshx_node_nif:failure()}.
+info() ->
+    meshx_node_mesh:info().
+
+%% One key of info/0.
+-spec info(atom()) -> {ok, term()} | {error, meshx_node_nif:failure() | unknown_key}.
+info(Key) ->
+    case info() of
+        {ok, #{Key := Value}} -> {ok, Value};
+        {ok, _} -> {error, unknown_key};
+        Error -> Error
+    end.
+
+%% Why a node can or can't be reached, as our Consul agent sees it: does it exist, is it
+%% healthy, do intentions allow us to dial it? Dials nobody and changes nothing.
+-spec explain(node()) -> ok | {error, meshx_node_nif:failure()}.
+explain(Node) ->
+    case meshx_node_mesh:upstream(Node, ask) of
+        {ok, _} -> ok;
+        {error, Failure} -> {error, Failure}
+    end.

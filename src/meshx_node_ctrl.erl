@@ -1,0 +1,466 @@
+%% The distribution controller: one process that owns a link from its birth to its end.
+%%
+%% In the handshake it serves the connection process (dist_util), one packet at a time. Then it
+%% becomes the emulator's output process and starts the input process beside it. All three are
+%% linked, so that the end of one ends the link; the socket is closed with its owner, us.
+%%
+%% Dialling again: a sidecar accepts before it reaches the other side, so a connection says
+%% nothing until a byte has come back. As long as none has, a connection that is closed is
+%% dialled anew, after asking the mesh again, until the setup time is over.
+-module(meshx_node_ctrl).
+
+-export([dial/2, adopt/2, send/2, recv/3, handshaken/1, peer/1, link_up/3]).
+
+%% Spawned.
+-export([init_dialled/3, init_accepted/2, input/3]).
+
+-include_lib("kernel/include/logger.hrl").
+
+%% Output: bytes and frames gathered for one writev.
+-define(GATHER_BYTES, 262144).
+-define(GATHER_FRAMES, 128).
+
+%% Pause before dialling again, ms: doubles from the first to the second.
+-define(DIAL_PAUSE, 5).
+-define(DIAL_PAUSE_MAX, 200).
+
+%% How long a stranger may take to send its first packet, ms (dist_util's own setup time).
+-define(FIRST_PACKET_TIME, 7000).
+
+%% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
+-define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
+
+-record(handshake, {
+    link :: meshx_node_nif:socket(),
+    supervisor :: pid(),
+    %% undefined: we were dialled
+    node :: node() | undefined,
+    %% when to stop dialling again
+    deadline = 0 :: integer(),
+    pause = ?DIAL_PAUSE :: pos_integer(),
+    %% packets sent while nothing had come back, newest first
+    sent = [] :: [iodata()],
+    received = 0 :: non_neg_integer(),
+    %% a packet read before dist_util asked for it
+    first = none :: none | binary()
+}).
+
+%% ---- API, for the connection process ----
+
+%% Dials Node through our sidecar; the caller is linked to the controller. Deadline is in
+%% erlang:monotonic_time(millisecond).
+-spec dial(node(), integer()) -> {ok, pid()} | {error, meshx_node_nif:failure()}.
+dial(Node, Deadline) ->
+    Controller = spawn_opt(
+        ?MODULE, init_dialled, [self(), Node, Deadline], [link, {priority, max} | ?SPAWN_OPTIONS]
+    ),
+    receive
+        {Controller, Result} -> Result
+    end.
+
+%% Takes over an accepted link, owned by the caller. When its first packet has come, net_kernel
+%% is told; until then nobody is.
+-spec adopt(pid(), meshx_node_nif:socket()) -> ok.
+adopt(Kernel, Link) ->
+    Controller = spawn_opt(
+        ?MODULE, init_accepted, [Kernel, Link], [{priority, max} | ?SPAWN_OPTIONS]
+    ),
+    _ = meshx_node_nif:controlling_process(Link, Controller),
+    Controller ! {self(), yours},
+    ok.
+
+-spec send(pid(), iodata()) -> ok | {error, term()}.
+send(Controller, Packet) ->
+    call(Controller, {send, Packet}).
+
+-spec recv(pid(), 0, timeout()) -> {ok, [byte()]} | {error, term()}.
+recv(Controller, 0, Timeout) ->
+    call(Controller, {recv, Timeout}).
+
+%% The handshake's last packet is through: 4-byte lengths from now on.
+-spec handshaken(pid()) -> ok.
+handshaken(Controller) ->
+    call(Controller, handshaken).
+
+-spec peer(pid()) -> {inet:ip_address(), inet:port_number()} | undefined.
+peer(Controller) ->
+    call(Controller, peer).
+
+%% Traffic may begin. Returns the link for ticks, statistics and options.
+-spec link_up(pid(), node(), erlang:dist_handle()) -> meshx_node_nif:socket().
+link_up(Controller, Node, Handle) ->
+    call(Controller, {link_up, Node, Handle}).
+
+call(Controller, Request) ->
+    Monitor = monitor(process, Controller),
+    Controller ! {Monitor, self(), Request},
+    receive
+        {Monitor, Reply} ->
+            demonitor(Monitor, [flush]),
+            Reply;
+        {'DOWN', Monitor, process, Controller, Reason} ->
+            exit({dist_controller_exit, Reason})
+    end.
+
+%% ---- birth ----
+
+-spec init_dialled(pid(), node(), integer()) -> no_return() | ok.
+init_dialled(Supervisor, Node, Deadline) ->
+    case connect(Node, Deadline, ?DIAL_PAUSE) of
+        {ok, Link} ->
+            Supervisor ! {self(), {ok, self()}},
+            handshake(#handshake{
+                link = Link, supervisor = Supervisor, node = Node, deadline = Deadline
+            });
+        {error, Failure} ->
+            unlink(Supervisor),
+            Supervisor ! {self(), {error, Failure}},
+            ok
+    end.
+
+%% Asks the mesh and connects to the sidecar. The sidecar opens a new upstream's port some
+%% milliseconds after the agent knows it: refused is "not yet".
+connect(Node, Deadline, Pause) ->
+    case meshx_node_mesh:upstream(Node, dial) of
+        {ok, {Ip, Port}} ->
+            connect(Node, Ip, Port, Deadline, Pause);
+        {error, Failure} ->
+            {error, Failure}
+    end.
+
+connect(Node, Ip, Port, Deadline, Pause) ->
+    {Bind, Options} = meshx_node_options:connect(),
+    case connected(meshx_node_nif:connect(Ip, Port, Bind, Options)) of
+        {ok, Link} ->
+            {ok, Link};
+        {error, econnrefused} ->
+            case pause(Pause, Deadline) of
+                ok ->
+                    connect(Node, Ip, Port, Deadline, next_pause(Pause));
+                timeout ->
+                    {error,
+                        {sidecar_down,
+                            text("our sidecar did not open its upstream ~ts:~b in time; see its log", [
+                                inet:ntoa(Ip), Port
+                            ])}}
+            end;
+        {error, Reason} ->
+            {error,
+                {system_error,
+                    text("can't connect to our sidecar's upstream ~ts:~b: ~ts", [
+                        inet:ntoa(Ip), Port, inet:format_error(Reason)
+                    ])}}
+    end.
+
+connected({wait, Link}) ->
+    receive
+        {select, Link, _, ready_output} -> ok
+    end,
+    case meshx_node_nif:connected(Link) of
+        ok -> {ok, Link};
+        wait -> connected({wait, Link});
+        Error -> Error
+    end;
+connected(Result) ->
+    Result.
+
+pause(Pause, Deadline) ->
+    case erlang:monotonic_time(millisecond) + Pause < Deadline of
+        true ->
+            receive
+            after Pause -> ok
+            end;
+        false ->
+            timeout
+    end.
+
+next_pause(Pause) ->
+    min(2 * Pause, ?DIAL_PAUSE_MAX).
+
+%% A connection counts when its first packet has come: proxies dial us before they have
+%% authenticated anyone, and health checks dial and leave.
+-spec init_accepted(pid(), meshx_node_nif:socket()) -> no_return() | ok.
+init_accepted(Kernel, Link) ->
+    receive
+        {_Acceptor, yours} -> ok
+    end,
+    case read_packet(Link, ?FIRST_PACKET_TIME) of
+        {ok, <<$N, _/binary>> = First} ->
+            accepted(Kernel, Link, First);
+        {ok, _} ->
+            stranger(Link);
+        {error, _} ->
+            ok
+    end.
+
+accepted(Kernel, Link, First) ->
+    {ok, {Ip, _}} = meshx_node_nif:address(Link, local),
+    Family =
+        case tuple_size(Ip) of
+            4 -> inet;
+            8 -> inet6
+        end,
+    KernelMonitor = monitor(process, Kernel),
+    Kernel ! {accept, self(), self(), Family, meshx},
+    receive
+        {Kernel, controller, Supervisor} ->
+            demonitor(KernelMonitor, [flush]),
+            link(Supervisor),
+            Supervisor ! {self(), controller},
+            handshake(#handshake{link = Link, supervisor = Supervisor, first = First});
+        {Kernel, unsupported_protocol} ->
+            exit(unsupported_protocol);
+        {'DOWN', KernelMonitor, process, Kernel, _} ->
+            ok
+    end.
+
+stranger(Link) ->
+    case meshx_node_nif:address(Link, peer) of
+        {ok, {Ip, Port}} ->
+            ?LOG_WARNING(
+                "meshx_node: ~ts:~b sent something that is no Erlang distribution handshake, "
+                "connection dropped",
+                [inet:ntoa(Ip), Port]
+            );
+        {error, _} ->
+            ok
+    end.
+
+%% ---- handshake ----
+
+handshake(#handshake{link = Link} = S) ->
+    receive
+        {Ref, From, {send, Packet}} ->
+            Result = write_packet(Link, Packet),
+            From ! {Ref, Result},
+            handshake(remember(S, Packet));
+        {Ref, From, {recv, Timeout}} ->
+            {Result, S1} = receive_packet(S, Timeout),
+            From ! {Ref, Result},
+            handshake(S1);
+        {Ref, From, handshaken} ->
+            ok = meshx_node_nif:framing(Link, distribution),
+            From ! {Ref, ok},
+            handshake(S);
+        {Ref, From, peer} ->
+            From ! {Ref, peer_of(Link)},
+            handshake(S);
+        {Ref, From, {link_up, Node, Handle}} ->
+            From ! {Ref, Link},
+            meshx_node_mesh:link_up(Node, self(), Link),
+            run(Handle, Link, S#handshake.supervisor);
+        {select, _, _, _} ->
+            %% Of a link that was given up, or a wait that timed out.
+            handshake(S)
+    end.
+
+peer_of(Link) ->
+    case meshx_node_nif:address(Link, peer) of
+        {ok, Address} -> Address;
+        {error, _} -> undefined
+    end.
+
+remember(#handshake{received = 0, sent = Sent} = S, Packet) ->
+    S#handshake{sent = [Packet | Sent]};
+remember(S, _Packet) ->
+    S.
+
+receive_packet(#handshake{first = First} = S, _Timeout) when First =/= none ->
+    {{ok, binary_to_list(First)}, S#handshake{first = none, received = 1}};
+receive_packet(#handshake{link = Link, received = Received} = S, Timeout) ->
+    case read_packet(Link, Timeout) of
+        {ok, Packet} ->
+            {{ok, binary_to_list(Packet)}, S#handshake{received = Received + 1, sent = []}};
+        {error, Reason} when Received =:= 0, S#handshake.node =/= undefined, Reason =/= timeout ->
+            dial_again(S, Timeout);
+        {error, Reason} ->
+            explain_end(S),
+            {{error, Reason}, S}
+    end.
+
+%% Nothing has come back yet: the far side isn't there, or doesn't let us in. The mesh knows
+%% which, or soon will.
+dial_again(#handshake{link = Old, node = Node, deadline = Deadline, pause = Pause} = S, Timeout) ->
+    meshx_node_nif:close(Old),
+    case pause(Pause, Deadline) of
+        ok ->
+            case connect(Node, Deadline, Pause) of
+                {ok, Link} ->
+                    [_ = write_packet(Link, Packet) || Packet <- lists:reverse(S#handshake.sent)],
+                    receive_packet(S#handshake{link = Link, pause = next_pause(Pause)}, Timeout);
+                {error, {Code, Text}} ->
+                    ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
+                    {{error, Code}, S}
+            end;
+        timeout ->
+            ?LOG_WARNING(
+                "meshx_node: no link to ~ts: its sidecar, or ours, closes every connection; is the "
+                "node's listener up, and what do the sidecars log?",
+                [Node]
+            ),
+            {{error, closed}, S}
+    end.
+
+%% Status and challenge came, then our reply was not liked.
+explain_end(#handshake{node = Node, received = 2}) when Node =/= undefined ->
+    ?LOG_WARNING(
+        "meshx_node: no link to ~ts: it closed the connection after our answer to its challenge; "
+        "do both nodes have the same cookie?",
+        [Node]
+    );
+explain_end(_) ->
+    ok.
+
+%% One packet of the handshake.
+read_packet(Link, Timeout) ->
+    read_packet_until(Link, deadline(Timeout)).
+
+read_packet_until(Link, Deadline) ->
+    case meshx_node_nif:read(Link) of
+        {_, [Packet]} ->
+            {ok, Packet};
+        {more, []} ->
+            read_packet_until(Link, Deadline);
+        {wait, []} ->
+            receive
+                {select, Link, _, ready_input} -> read_packet_until(Link, Deadline)
+            after time_left(Deadline) -> {error, timeout}
+            end;
+        {error, Reason} ->
+            {error, Reason}
+    end.
+
+deadline(infinity) -> infinity;
+deadline(Timeout) -> erlang:monotonic_time(millisecond) + Timeout.
+
+time_left(infinity) -> infinity;
+time_left(Deadline) -> max(0, Deadline - erlang:monotonic_time(millisecond)).
+
+write_packet(Link, Packet) ->
+    Binary = iolist_to_binary(Packet),
+    written(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])).
+
+%% Follows a write to its end.
+written(_Link, ok) ->
+    ok;
+written(Link, more) ->
+    written(Link, meshx_node_nif:flush(Link));
+written(Link, wait) ->
+    receive
+        {select, Link, _, ready_output} -> ok
+    end,
+    written(Link, meshx_node_nif:flush(Link));
+written(_Link, {error, _} = Error) ->
+    Error.
+
+text(Format, Arguments) ->
+    unicode:characters_to_binary(io_lib:format(Format, Arguments)).
+
+%% ---- running: output ----
+
+run(Handle, Link, Supervisor) ->
+    Input = spawn_opt(
+        ?MODULE, input, [Handle, Link, Supervisor], [link | ?SPAWN_OPTIONS]
+    ),
+    ok = erlang:dist_ctrl_input_handler(Handle, Input),
+    _ = erlang:dist_ctrl_set_opt(Handle, get_size, true),
+    Input ! {self(), start},
+    process_flag(priority, normal),
+    erlang:dist_ctrl_get_data_notification(Handle),
+    output(Handle, Link).
+
+-spec output(erlang:dist_handle(), meshx_node_nif:socket()) -> no_return().
+output(Handle, Link) ->
+    receive
+        dist_data ->
+            try
+                drain(Handle, Link)
+            catch
+                error:badarg -> death_row(connection_closed)
+            end;
+        {select, Link, _, ready_output} ->
+            %% The rest of a tick.
+            write(Link, meshx_node_nif:flush(Link));
+        {send, From, Ref, Data} ->
+            %% A back door that OTP's distribution test suites use on carriers like this one.
+            Binary = iolist_to_binary(Data),
+            write(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])),
+            From ! {Ref, ok};
+        _ ->
+            ok
+    end,
+    output(Handle, Link).
+
+%% Writes all that the emulator has for this link, then asks to be told of more. While the
+%% socket is full nothing is taken from the emulator, which then suspends the senders.
+drain(Handle, Link) ->
+    case gather(Handle, 0, 0, []) of
+        {[], none} ->
+            erlang:dist_ctrl_get_data_notification(Handle);
+        {Frames, none} ->
+            write(Link, meshx_node_nif:write(Link, Frames)),
+            erlang:dist_ctrl_get_data_notification(Handle);
+        {Frames, more} ->
+            write(Link, meshx_node_nif:write(Link, Frames)),
+            drain(Handle, Link)
+    end.
+
+gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
+    {lists:reverse(Frames), more};
+gather(Handle, Bytes, Count, Frames) ->
+    case erlang:dist_ctrl_get_data(Handle) of
+        none -> {lists:reverse(Frames), none};
+        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
+    end.
+
+write(Link, Result) ->
+    case written(Link, Result) of
+        ok -> ok;
+        {error, Reason} -> death_row(end_reason(Reason))
+    end.
+
+%% ---- running: input ----
+
+-spec input(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
+input(Handle, Link, Supervisor) ->
+    link(Supervisor),
+    %% Nothing may be put before we are registered as the input process.
+    receive
+        {_Controller, start} -> input_loop(Handle, Link)
+    end.
+
+input_loop(Handle, Link) ->
+    case meshx_node_nif:read(Link) of
+        {more, Frames} ->
+            put_frames(Handle, Frames),
+            input_loop(Handle, Link);
+        {wait, Frames} ->
+            put_frames(Handle, Frames),
+            receive
+                {select, Link, _, ready_input} -> ok
+            end,
+            input_loop(Handle, Link);
+        {error, Reason} ->
+            exit(end_reason(Reason))
+    end.
+
+put_frames(_Handle, []) ->
+    ok;
+put_frames(Handle, [Frame | Frames]) ->
+    try
+        erlang:dist_ctrl_put_data(Handle, Frame)
+    catch
+        error:_ -> death_row(connection_closed)
+    end,
+    put_frames(Handle, Frames).
+
+end_reason(closed) -> connection_closed;
+end_reason(Reason) -> Reason.
+
+%% Once a link goes down its operations begin to fail in all its processes. The one that failed
+%% first gives the reason; the others wait here for its exit signal so as not to overwrite it.
+-spec death_row(term()) -> no_return().
+death_row(Reason) ->
+    receive
+    after 5000 -> exit(Reason)
+    end.

@@ -1,0 +1,295 @@
+%% The distribution carrier as net_kernel calls it: `-proto_dist meshx_node'.
+%%
+%% Thin: sockets are meshx_node_options and meshx_node_nif, the node service (registration,
+%% sidecar, upstreams) is meshx_node_mesh, one link's traffic is meshx_node_ctrl. What stays
+%% here is the order of things: listen opens the listener, then makes it a node service; setup
+%% asks the mesh where a node is, then shakes hands.
+%%
+%% Processes of a link, all linked: the connection process (dist_util's handshake, then ticks),
+%% its controller (output) and the input process.
+-module(meshx_node_dist).
+
+-export([
+    childspecs/0,
+    listen/1,
+    listen/2,
+    accept/1,
+    accept_connection/5,
+    setup/5,
+    close/1,
+    select/1,
+    address/0,
+    is_node_name/1,
+    setopts/2,
+    getopts/2
+]).
+
+%% Spawned.
+-export([accept_loop/2, do_accept/5, do_setup/6]).
+
+-include_lib("kernel/include/net_address.hrl").
+-include_lib("kernel/include/dist.hrl").
+-include_lib("kernel/include/dist_util.hrl").
+-include_lib("kernel/include/logger.hrl").
+
+%% How long the acceptor rests when the system has no descriptor or memory left, ms.
+-define(ACCEPT_REST, 100).
+
+%% Children of net_sup: there before net_kernel, at boot too, and stopped after it.
+-spec childspecs() -> {ok, [supervisor:child_spec()]}.
+childspecs() ->
+    {ok, [
+        #{
+            id => meshx_node_mesh,
+            start => {meshx_node_mesh, start_link, []},
+            restart => permanent,
+            shutdown => 10000,
+            type => worker,
+            modules => [meshx_node_mesh]
+        }
+    ]}.
+
+%% ---- listening ----
+
+-spec listen(atom()) -> Result when
+    Result ::
+        {ok, {meshx_node_nif:socket(), #net_address{}, erlang:creation()}} | {error, term()}.
+listen(Name) ->
+    {ok, Host} = inet:gethostname(),
+    listen(Name, Host).
+
+%% Opens the listener and makes it a node service; returns when peers can reach it.
+-spec listen(atom(), string()) -> Result when
+    Result ::
+        {ok, {meshx_node_nif:socket(), #net_address{}, erlang:creation()}} | {error, term()}.
+listen(Name, Host) ->
+    Node = list_to_atom(atom_to_list(Name) ++ "@" ++ Host),
+    case meshx_node_options:listen() of
+        {ok, Listener} ->
+            {ok, {Ip, Port} = Address} = meshx_node_nif:address(Listener, local),
+            case meshx_node_mesh:start_service(Node, Ip, Port) of
+                ok ->
+                    {ok, {Listener, net_address(Address, Host), creation()}};
+                {error, Failure} ->
+                    meshx_node_nif:close(Listener),
+                    start_failed(Node, Failure)
+            end;
+        {error, Reason, Text} ->
+            start_failed(Node, {Reason, Text})
+    end.
+
+%% net_kernel knows one reason by name, and prints only an atom of any other.
+start_failed(Node, {Reason, Text}) ->
+    report_start_failure(io_lib:format("node ~ts does not start: ~ts", [Node, Text])),
+    case Reason of
+        name_in_use -> {error, duplicate_name};
+        _ -> {error, Reason}
+    end.
+
+%% At boot net_kernel halts the VM right after this, before logger has written anything.
+report_start_failure(Text) ->
+    case started_at_boot() of
+        true -> erlang:display_string(lists:flatten(["meshx_node: ", Text, "\n"]));
+        false -> ?LOG_ERROR("meshx_node: ~ts", [Text])
+    end.
+
+started_at_boot() ->
+    lists:any(fun(Flag) -> init:get_argument(Flag) =/= error end, [name, sname]).
+
+%% Without epmd nobody hands out creations: a random one, and none of the small ones that
+%% mean something else (net_kernel does the same for nodes without a listener).
+creation() ->
+    3 + rand:uniform((1 bsl 32) - 4).
+
+-spec address() -> #net_address{}.
+address() ->
+    {ok, Host} = inet:gethostname(),
+    net_address(undefined, Host).
+
+net_address(Address, Host) ->
+    #net_address{
+        address = Address,
+        host = Host,
+        protocol = meshx,
+        family = family(Address)
+    }.
+
+family({Ip, _Port}) when tuple_size(Ip) =:= 8 -> inet6;
+family(_Address) -> inet.
+
+%% The node service goes with its listener: peers stop dialing before links are closed.
+-spec close(meshx_node_nif:socket()) -> ok.
+close(Listener) ->
+    meshx_node_mesh:drain(),
+    meshx_node_nif:close(Listener).
+
+%% ---- accepting ----
+
+-spec accept(meshx_node_nif:socket()) -> pid().
+accept(Listener) ->
+    spawn_opt(?MODULE, accept_loop, [self(), Listener], [link, {priority, max}]).
+
+%% Never waits for a connection it has accepted: its controller does.
+-spec accept_loop(pid(), meshx_node_nif:socket()) -> no_return().
+accept_loop(Kernel, Listener) ->
+    case meshx_node_nif:accept(Listener, meshx_node_options:accepted()) of
+        {ok, Link} ->
+            meshx_node_ctrl:adopt(Kernel, Link),
+            accept_loop(Kernel, Listener);
+        wait ->
+            receive
+                {select, Listener, _, ready_input} -> accept_loop(Kernel, Listener)
+            end;
+        {error, closed} ->
+            exit(closed);
+        {error, Reason} ->
+            ?LOG_ERROR("meshx_node: can't accept a connection: ~ts", [
+                inet:format_error(Reason)
+            ]),
+            timer:sleep(?ACCEPT_REST),
+            accept_loop(Kernel, Listener)
+    end.
+
+%% Controller has read the first packet of the connection and told net_kernel.
+-spec accept_connection(pid(), pid(), node(), [node()], non_neg_integer()) -> pid().
+accept_connection(_AcceptPid, Controller, MyNode, Allowed, SetupTime) ->
+    spawn_opt(
+        ?MODULE,
+        do_accept,
+        [self(), Controller, MyNode, Allowed, SetupTime],
+        dist_util:net_ticker_spawn_options()
+    ).
+
+-spec do_accept(pid(), pid(), node(), [node()], non_neg_integer()) -> no_return().
+do_accept(Kernel, Controller, MyNode, Allowed, SetupTime) ->
+    receive
+        {Controller, controller} ->
+            Timer = dist_util:start_timer(SetupTime),
+            HSData = handshake_data(Kernel, Controller, MyNode, Timer),
+            dist_util:handshake_other_started(HSData#hs_data{allowed = Allowed})
+    end.
+
+%% ---- connecting ----
+
+-spec select(node()) -> boolean().
+select(Node) ->
+    is_node_name(Node).
+
+-spec is_node_name(term()) -> boolean().
+is_node_name(Node) when is_atom(Node) ->
+    case string:split(atom_to_list(Node), "@", all) of
+        [[_ | _], [_ | _]] -> true;
+        _ -> false
+    end;
+is_node_name(_) ->
+    false.
+
+-spec setup(node(), Type, node(), longnames | shortnames, non_neg_integer()) -> pid() when
+    Type :: normal | hidden.
+setup(Node, Type, MyNode, LongOrShortNames, SetupTime) ->
+    spawn_opt(
+        ?MODULE,
+        do_setup,
+        [self(), Node, Type, MyNode, LongOrShortNames, SetupTime],
+        dist_util:net_ticker_spawn_options()
+    ).
+
+-spec do_setup(pid(), node(), Type, node(), longnames | shortnames, non_neg_integer()) ->
+    no_return()
+when
+    Type :: normal | hidden.
+do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
+    check_host(Node, LongOrShortNames),
+    Timer = dist_util:start_timer(SetupTime),
+    Deadline = erlang:monotonic_time(millisecond) + SetupTime,
+    case meshx_node_ctrl:dial(Node, Deadline) of
+        {ok, Controller} ->
+            dist_util:reset_timer(Timer),
+            HSData = handshake_data(Kernel, Controller, MyNode, Timer),
+            dist_util:handshake_we_started(HSData#hs_data{
+                other_node = Node,
+                other_version = ?ERL_DIST_VER_HIGH,
+                request_type = Type
+            });
+        {error, {Reason, Text}} ->
+            ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
+            ?shutdown2(Node, Reason)
+    end.
+
+%% The same refusals, in the same words, as inet_tcp_dist.
+check_host(Node, LongOrShortNames) ->
+    [_, Host] = string:split(atom_to_list(Node), "@"),
+    Dots = lists:member($., Host),
+    IsAddress = element(1, inet:parse_address(Host)) =:= ok,
+    if
+        LongOrShortNames =:= longnames, not Dots, not IsAddress ->
+            ?LOG_ERROR(
+                "** System running to use fully qualified hostnames **~n"
+                "** Hostname ~ts is illegal **~n",
+                [Host]
+            ),
+            ?shutdown(Node);
+        LongOrShortNames =:= shortnames, Dots ->
+            ?LOG_ERROR(
+                "** System NOT running to use fully qualified hostnames **~n"
+                "** Hostname ~ts is illegal **~n",
+                [Host]
+            ),
+            ?shutdown(Node);
+        true ->
+            ok
+    end.
+
+%% What both directions of a handshake have in common. The connection process learns the link
+%% when the handshake is complete (it may be dialled more than once until then) and keeps it in
+%% its dictionary: dist_util's funs are fixed before.
+handshake_data(Kernel, Controller, MyNode, Timer) ->
+    #hs_data{
+        kernel_pid = Kernel,
+        this_node = MyNode,
+        socket = Controller,
+        timer = Timer,
+        this_flags = 0,
+        f_send = fun meshx_node_ctrl:send/2,
+        f_recv = fun meshx_node_ctrl:recv/3,
+        f_setopts_pre_nodeup = fun meshx_node_ctrl:handshaken/1,
+        f_setopts_post_nodeup = fun(_Controller) -> ok end,
+        f_getll = fun(Pid) -> {ok, Pid} end,
+        f_address = fun remote_address/2,
+        f_handshake_complete = fun(Pid, Node, Handle) ->
+            put(?MODULE, meshx_node_ctrl:link_up(Pid, Node, Handle)),
+            ok
+        end,
+        mf_tick = fun tick/1,
+        mf_getstat = fun(_Controller) -> getstat(get(?MODULE)) end,
+        mf_setopts = fun(_Controller, Options) -> setopts(get(?MODULE), Options) end,
+        mf_getopts = fun(_Controller, Options) -> getopts(get(?MODULE), Options) end
+    }.
+
+remote_address(Controller, Node) ->
+    [_, Host] = string:split(atom_to_list(Node), "@"),
+    net_address(meshx_node_ctrl:peer(Controller), Host).
+
+%% Written by the connection process itself, past the controller: a tick waits behind no data.
+tick(Controller) ->
+    case meshx_node_nif:tick(get(?MODULE)) of
+        ok ->
+            ok;
+        {error, _} = Error ->
+            self() ! {tcp_closed, Controller},
+            Error
+    end.
+
+getstat(Link) ->
+    {FramesIn, FramesOut, _, _, Pending} = meshx_node_nif:statistics(Link),
+    {ok, FramesIn, FramesOut, Pending}.
+
+%% ---- socket options ----
+
+-spec setopts(meshx_node_nif:socket(), [term()]) -> ok | {error, term()}.
+setopts(Socket, Options) ->
+    meshx_node_options:set(Socket, Options).
+
+-spec getopts(meshx_node_nif:socket(), [atom()]) -> {ok, [{atom(), term()}]} | {error, term()}.
+getopts(Socket, Options) ->
+    meshx_node_options:get(Socket, Options).

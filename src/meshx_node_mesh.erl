@@ -1,0 +1,257 @@
+%% The node service of this VM: the process in front of the C mesh (include/meshx_node.h).
+%%
+%% Owns the mesh handle, turns its events into replies and log lines, and renews the lease of
+%% the VM's health check: when this process can't run, neither can the VM do its work, and the
+%% check goes critical. A child of net_sup, so it is there before net_kernel and ends after it.
+-module(meshx_node_mesh).
+
+-behaviour(gen_server).
+
+-export([start_link/0, start_service/3, drain/0, upstream/2, link_up/3, info/0, service_name/1]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
+
+-include_lib("kernel/include/logger.hrl").
+
+%% How long terminate waits for the orderly stop, ms. net_sup as a whole has 1 s when the node
+%% was started by Node.start/3; what is not done by then goes on in the C thread.
+-define(STOP_TIME, 800).
+
+-record(state, {
+    mesh :: undefined | meshx_node_nif:mesh(),
+    %% tells this mesh's events from those of one given up before
+    tag :: undefined | reference(),
+    config = #{} :: map(),
+    %% who waits for the start
+    starter :: undefined | gen_server:from(),
+    requests = #{} :: #{non_neg_integer() => gen_server:from()},
+    %% by the monitor of the controller
+    links = #{} :: #{reference() => {node(), meshx_node_nif:socket()}},
+    next = 1 :: pos_integer()
+}).
+
+-spec start_link() -> {ok, pid()} | {error, term()}.
+start_link() ->
+    gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
+
+%% Makes the listener at Ip:Port the node service of Node. Returns when peers can reach it, or
+%% when everything is undone.
+-spec start_service(node(), inet:ip_address(), inet:port_number()) ->
+    ok | {error, meshx_node_nif:failure()}.
+start_service(Node, Ip, Port) ->
+    %% The C side keeps start_timeout.
+    call({start_service, Node, Ip, Port}).
+
+%% Peers stop dialing; open links live on.
+-spec drain() -> ok.
+drain() ->
+    gen_server:cast(?MODULE, drain).
+
+%% Where to dial Node (`dial'), or only whether it could be (`ask'). A failure names its reason.
+-spec upstream(node(), dial | ask) ->
+    {ok, {inet:ip_address(), inet:port_number()}} | {error, meshx_node_nif:failure()}.
+upstream(Node, Mode) ->
+    %% The C side keeps request_timeout.
+    call({upstream, Node, Mode}).
+
+%% Called by a link's controller: the link is listed in info/0 while the controller lives.
+-spec link_up(node(), pid(), meshx_node_nif:socket()) -> ok.
+link_up(Node, Controller, Link) ->
+    gen_server:cast(?MODULE, {link_up, Node, Controller, Link}).
+
+%% What the C side counts and knows (include/meshx_node.h, struct meshx_info), and the links.
+-spec info() -> {ok, map()} | {error, meshx_node_nif:failure()}.
+info() ->
+    call(info).
+
+%% The Consul service name of any node, as our configuration maps it.
+-spec service_name(node()) -> {ok, binary()} | {error, meshx_node_nif:failure()}.
+service_name(Node) ->
+    call({service_name, Node}).
+
+call(Request) ->
+    try
+        gen_server:call(?MODULE, Request, infinity)
+    catch
+        exit:{Reason, _} when
+            Reason =:= noproc; Reason =:= normal; Reason =:= shutdown; Reason =:= killed
+        ->
+            not_started()
+    end.
+
+not_started() ->
+    {error, {stopped, <<"this node has no node service; is it started, with -proto_dist meshx_node?">>}}.
+
+%% ---- gen_server ----
+
+-spec init([]) -> {ok, #state{}}.
+init([]) ->
+    process_flag(trap_exit, true),
+    {ok, #state{}}.
+
+-spec handle_call(term(), gen_server:from(), #state{}) ->
+    {reply, term(), #state{}} | {noreply, #state{}}.
+handle_call({start_service, Node, Ip, Port}, From, #state{mesh = undefined} = S) ->
+    case open(Node, Ip, Port) of
+        {ok, Mesh, Tag, Config} ->
+            {noreply, S#state{mesh = Mesh, tag = Tag, config = Config, starter = From}};
+        {error, Failure} ->
+            {reply, {error, Failure}, S}
+    end;
+handle_call({start_service, Node, _, _}, _From, S) ->
+    Text = io_lib:format("~ts: this VM already is a node service", [Node]),
+    {reply, {error, {name_in_use, unicode:characters_to_binary(Text)}}, S};
+handle_call(_Request, _From, #state{mesh = undefined} = S) ->
+    {reply, not_started(), S};
+handle_call({upstream, Node, Mode}, From, #state{config = Config} = S) ->
+    try meshx_node_config:service_name(Node, Config) of
+        ServiceName ->
+            request(From, S, fun(Request) ->
+                meshx_node_nif:mesh_upstream(
+                    S#state.mesh, Request, atom_to_binary(Node), ServiceName, Mode
+                )
+            end)
+    catch
+        error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
+    end;
+handle_call(info, From, S) ->
+    request(From, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
+handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
+    try
+        {reply, {ok, meshx_node_config:service_name(Node, Config)}, S}
+    catch
+        error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
+    end.
+
+-spec handle_cast(drain | {link_up, node(), pid(), meshx_node_nif:socket()}, #state{}) ->
+    {noreply, #state{}}.
+handle_cast({link_up, Node, Controller, Link}, #state{links = Links} = S) ->
+    {noreply, S#state{links = Links#{monitor(process, Controller) => {Node, Link}}}};
+handle_cast(drain, #state{mesh = undefined} = S) ->
+    {noreply, S};
+handle_cast(drain, S) ->
+    meshx_node_nif:mesh_drain(S#state.mesh),
+    {noreply, S}.
+
+-spec handle_info(term(), #state{}) -> {noreply, #state{}}.
+handle_info({meshx_event, Tag, Type, Data}, #state{tag = Tag} = S) ->
+    {noreply, event(Type, Data, S)};
+handle_info({renew, Tag}, #state{tag = Tag} = S) ->
+    meshx_node_nif:mesh_renew(S#state.mesh),
+    renew_later(S),
+    {noreply, S};
+handle_info({'DOWN', Monitor, process, _, _}, #state{links = Links} = S) ->
+    {noreply, S#state{links = maps:remove(Monitor, Links)}};
+handle_info(_, S) ->
+    {noreply, S}.
+
+-spec terminate(term(), #state{}) -> ok.
+terminate(_Reason, #state{mesh = undefined}) ->
+    ok;
+terminate(_Reason, #state{mesh = Mesh, tag = Tag} = S) ->
+    meshx_node_nif:mesh_stop(Mesh),
+    await_stopped(Tag, S, erlang:monotonic_time(millisecond) + ?STOP_TIME).
+
+await_stopped(Tag, S, Deadline) ->
+    receive
+        {meshx_event, Tag, stopped, Data} ->
+            _ = event(stopped, Data, S),
+            ok;
+        {meshx_event, Tag, Type, Data} ->
+            await_stopped(Tag, event(Type, Data, S), Deadline)
+    after max(0, Deadline - erlang:monotonic_time(millisecond)) ->
+        ?LOG_WARNING(
+            "meshx_node: the Consul agent has not answered our deregistration yet; it goes on in "
+            "the background while the VM lives, else Consul drops the service by itself"
+        )
+    end.
+
+%% ---- start and requests ----
+
+open(Node, Ip, Port) ->
+    case meshx_node_config:load(Node) of
+        {ok, Config} ->
+            Tag = make_ref(),
+            Full = Config#{
+                listen_address => list_to_binary(inet:ntoa(Ip)),
+                listen_port => Port
+            },
+            case meshx_node_nif:mesh_open(Full, Tag) of
+                {ok, Mesh} ->
+                    S = #state{mesh = Mesh, tag = Tag, config = Full},
+                    renew_later(S),
+                    {ok, Mesh, Tag, Full};
+                {error, Failure} ->
+                    {error, Failure}
+            end;
+        {error, Failure} ->
+            {error, Failure}
+    end.
+
+renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
+    erlang:send_after(Ttl div 3, self(), {renew, Tag}).
+
+request(From, #state{next = Next, requests = Requests} = S, Send) ->
+    case Send(Next) of
+        ok ->
+            {noreply, S#state{next = Next + 1, requests = Requests#{Next => From}}};
+        {error, Code} ->
+            {reply, {error, {Code, atom_to_binary(Code)}}, S}
+    end.
+
+%% ---- events of the C side, listed in c_src/nif/mesh.h ----
+
+event(ready, _, #state{starter = Starter} = S) ->
+    gen_server:reply(Starter, ok),
+    S#state{starter = undefined};
+event(failed, Failure, #state{starter = Starter} = S) ->
+    gen_server:reply(Starter, {error, Failure}),
+    S#state{starter = undefined};
+event(upstream, {Request, {ok, Port}}, S) ->
+    answer(Request, {ok, {{127, 0, 0, 1}, Port}}, S);
+event(upstream, {Request, {error, Failure}}, S) ->
+    answer(Request, {error, Failure}, S);
+event(info, {Request, Info}, S) ->
+    answer(Request, {ok, Info#{links => link_infos(S)}}, S);
+event(output, {Stream, Line}, #state{config = Config} = S) ->
+    Key =
+        case Stream of
+            stdout -> sidecar_stdout;
+            stderr -> sidecar_stderr
+        end,
+    case maps:get(Key, Config) of
+        off -> ok;
+        Level -> logger:log(Level, "[~ts][~ts]: ~ts", [maps:get(node, Config), Stream, Line])
+    end,
+    S;
+event(log, {Level, Text}, S) ->
+    logger:log(Level, "meshx_node: ~ts", [Text]),
+    S;
+event(stopped, Failure, #state{} = S) ->
+    case Failure of
+        undefined -> ok;
+        {_, Text} -> ?LOG_WARNING("meshx_node: ~ts", [Text])
+    end,
+    S#state{mesh = undefined, tag = undefined}.
+
+link_infos(#state{links = Links}) ->
+    [link_info(Node, Link) || {Node, Link} <- maps:values(Links)].
+
+link_info(Node, Link) ->
+    {FramesIn, FramesOut, BytesIn, BytesOut, Pending} = meshx_node_nif:statistics(Link),
+    #{
+        node => Node,
+        frames_in => FramesIn,
+        frames_out => FramesOut,
+        bytes_in => BytesIn,
+        bytes_out => BytesOut,
+        bytes_pending => Pending
+    }.
+
+answer(Request, Reply, #state{requests = Requests} = S) ->
+    case maps:take(Request, Requests) of
+        {From, Rest} ->
+            gen_server:reply(From, Reply),
+            S#state{requests = Rest};
+        error ->
+            S
+    end.

@@ -1,0 +1,188 @@
+%% The NIF library's functions, as they are: stubs and types, no policy.
+%%
+%% Sockets: c_src/nif/socket.h (life, owner, locks), c_src/nif/link.c (framed input and output).
+%% Node services: c_src/nif/mesh.h (events), include/meshx_node.h (what they mean).
+-module(meshx_node_nif).
+
+-export([
+    listen/3,
+    accept/2,
+    connect/4,
+    connected/1,
+    controlling_process/2,
+    address/2,
+    close/1,
+    setopt/3,
+    getopt/2,
+    framing/2,
+    read/1,
+    write/2,
+    flush/1,
+    tick/1,
+    statistics/1,
+    mesh_open/2,
+    mesh_upstream/5,
+    mesh_info/2,
+    mesh_renew/1,
+    mesh_drain/1,
+    mesh_stop/1
+]).
+
+-export_type([socket/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0, statistics/0]).
+
+-on_load(on_load/0).
+
+%% In step with ABI_VERSION in c_src/nif/nif.c.
+-define(ABI_VERSION, 1).
+
+%% A listener or a link. Its owner's death closes it.
+-type socket() :: reference().
+%% The handle of a node service. The death of the process that opened it stops the service.
+-type mesh() :: reference().
+-type option() ::
+    nodelay
+    | keepalive
+    | sndbuf
+    | recbuf
+    | reuseaddr
+    | priority
+    | tos
+    | tclass
+    | backlog
+    | ipv6_v6only.
+-type options() :: #{option() => integer()}.
+%% A code of MESHX_ERRORS in include/meshx_node.h and one line of text for people.
+-type failure() :: {Code :: atom(), Text :: binary()}.
+-type error() :: {error, closed | bad_frame | inet:posix()}.
+%% Size is the sum of the binaries' sizes.
+-type frame() :: {Size :: non_neg_integer(), [binary()]}.
+-type statistics() ::
+    {
+        FramesIn :: non_neg_integer(),
+        FramesOut :: non_neg_integer(),
+        BytesIn :: non_neg_integer(),
+        BytesOut :: non_neg_integer(),
+        BytesPending :: non_neg_integer()
+    }.
+
+-spec on_load() -> ok | {error, {atom(), string()}}.
+on_load() ->
+    erlang:load_nif(filename:join(meshx_node_path:priv_dir(), "meshx_node"), ?ABI_VERSION).
+
+%% Opens a listener, owned by the caller. Port 0: any free one.
+-spec listen(inet:ip_address(), inet:port_number(), options()) ->
+    {ok, socket()} | {error, inet:posix()}.
+listen(_Ip, _Port, _Options) ->
+    not_loaded().
+
+%% Accepts one connection, owned by the caller. `wait': {select, Listener, undefined,
+%% ready_input} will come when there may be one.
+-spec accept(socket(), options()) -> {ok, socket()} | wait | error().
+accept(_Listener, _Options) ->
+    not_loaded().
+
+%% Begins to connect. `wait': after {select, Link, undefined, ready_output} ask connected/1.
+-spec connect(
+    inet:ip_address(),
+    inet:port_number(),
+    undefined | {inet:ip_address(), inet:port_number()},
+    options()
+) -> {ok, socket()} | {wait, socket()} | {error, inet:posix()}.
+connect(_Ip, _Port, _Bind, _Options) ->
+    not_loaded().
+
+%% The outcome of connect/4; `wait' as there.
+-spec connected(socket()) -> ok | wait | error().
+connected(_Link) ->
+    not_loaded().
+
+%% Makes another process the owner.
+-spec controlling_process(socket(), pid()) -> ok | {error, closed}.
+controlling_process(_Socket, _Pid) ->
+    not_loaded().
+
+-spec address(socket(), local | peer) ->
+    {ok, {inet:ip_address(), inet:port_number()}} | error().
+address(_Socket, _Which) ->
+    not_loaded().
+
+%% Closes at once; what the kernel has not taken is lost. Idempotent.
+-spec close(socket()) -> ok.
+close(_Socket) ->
+    not_loaded().
+
+-spec setopt(socket(), option(), integer()) -> ok | error().
+setopt(_Socket, _Option, _Value) ->
+    not_loaded().
+
+-spec getopt(socket(), option()) -> {ok, integer()} | error().
+getopt(_Socket, _Option) ->
+    not_loaded().
+
+%% 2-byte lengths (handshake, as a new link has) or 4-byte ones (distribution).
+-spec framing(socket(), handshake | distribution) -> ok.
+framing(_Link, _Framing) ->
+    not_loaded().
+
+%% What has arrived: `more', call again; `wait', a {select, Link, undefined, ready_input} will
+%% come. In the handshake one frame at most. Ticks are counted, not delivered.
+-spec read(socket()) -> {more | wait, [binary()]} | error().
+read(_Link) ->
+    not_loaded().
+
+%% Writes frames; what does not fit is kept. `more': call flush/1; `wait': call it after
+%% {select, Link, undefined, ready_output}. The next write must come after an `ok'.
+-spec write(socket(), [frame()]) -> ok | more | wait | error().
+write(_Link, _Frames) ->
+    not_loaded().
+
+-spec flush(socket()) -> ok | more | wait | error().
+flush(_Link) ->
+    not_loaded().
+
+%% Writes an empty frame if nothing else is under way. Any process; never waits.
+-spec tick(socket()) -> ok | error().
+tick(_Link) ->
+    not_loaded().
+
+%% Counts since the link was made. Any process; takes no lock.
+-spec statistics(socket()) -> statistics().
+statistics(_Link) ->
+    not_loaded().
+
+%% Begins to start a node service; {meshx_event, Tag, Type, Data} messages follow
+%% (c_src/nif/mesh.h lists them). Config is meshx_node_config:load/1's with `listen_address'
+%% and `listen_port'.
+-spec mesh_open(map(), term()) -> {ok, mesh()} | {error, failure()}.
+mesh_open(_Config, _Tag) ->
+    not_loaded().
+
+%% Asks for the sidecar's local port towards a node; an `upstream' event answers.
+-spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask) ->
+    ok | {error, atom()}.
+mesh_upstream(_Mesh, _Request, _Node, _ServiceName, _Mode) ->
+    not_loaded().
+
+%% Asks for an `info' event.
+-spec mesh_info(mesh(), non_neg_integer()) -> ok | {error, atom()}.
+mesh_info(_Mesh, _Request) ->
+    not_loaded().
+
+%% The VM answers: its check may pass for another TTL.
+-spec mesh_renew(mesh()) -> ok.
+mesh_renew(_Mesh) ->
+    not_loaded().
+
+%% Lets the checks fail, so that peers stop dialing.
+-spec mesh_drain(mesh()) -> ok.
+mesh_drain(_Mesh) ->
+    not_loaded().
+
+%% Deregisters and stops the sidecar; a `stopped' event follows.
+-spec mesh_stop(mesh()) -> ok.
+mesh_stop(_Mesh) ->
+    not_loaded().
+
+-spec not_loaded() -> no_return().
+not_loaded() ->
+    erlang:nif_error(not_loaded).

@@ -1,0 +1,218 @@
+%% Socket options: kernel's own environment variables (`inet_dist_use_interface',
+%% `inet_dist_listen_min/max', `inet_dist_listen_options', `inet_dist_connect_options',
+%% `dist_nodelay') and net_kernel:setopts/getopts, as OTP's carriers understand them, to what
+%% the NIF takes. Without `inet_dist_use_interface' we listen on loopback: the sidecar is the
+%% only one that has to reach us.
+-module(meshx_node_options).
+
+-export([listen/0, accepted/0, connect/0, set/2, get/2]).
+
+-include_lib("kernel/include/logger.hrl").
+
+-define(LOOPBACK, {127, 0, 0, 1}).
+
+%% Opens the distribution listener; owned by the caller.
+-spec listen() -> {ok, meshx_node_nif:socket()} | {error, atom(), unicode:chardata()}.
+listen() ->
+    Given = kernel_list(inet_dist_listen_options),
+    Ip =
+        case application:get_env(kernel, inet_dist_use_interface) of
+            {ok, Interface} -> Interface;
+            undefined -> proplists:get_value(ip, Given, ?LOOPBACK)
+        end,
+    {First, Last} = port_range(),
+    case inet:ntoa(Ip) of
+        {error, einval} ->
+            {error, bad_configuration,
+                io_lib:format(
+                    "kernel's inet_dist_use_interface is ~tp; it takes an address such as "
+                    "{127,0,0,1} or {0,0,0,0,0,0,0,1}",
+                    [Ip]
+                )};
+        _ ->
+            listen(Ip, First, Last, integers(inet_dist_listen_options, Given))
+    end.
+
+listen(Ip, Port, Last, Options) ->
+    case meshx_node_nif:listen(Ip, Port, Options) of
+        {ok, Listener} ->
+            {ok, Listener};
+        {error, eaddrinuse} when Port < Last ->
+            listen(Ip, Port + 1, Last, Options);
+        {error, Reason} ->
+            {error, Reason,
+                io_lib:format("can't listen on ~ts, port ~ts: ~ts; see kernel's ~ts", [
+                    inet:ntoa(Ip),
+                    range_text(Last),
+                    inet:format_error(Reason),
+                    "inet_dist_use_interface, inet_dist_listen_min and inet_dist_listen_max"
+                ])}
+    end.
+
+port_range() ->
+    case application:get_env(kernel, inet_dist_listen_min) of
+        {ok, First} when is_integer(First) ->
+            case application:get_env(kernel, inet_dist_listen_max) of
+                {ok, Last} when is_integer(Last) -> {First, Last};
+                _ -> {First, First}
+            end;
+        _ ->
+            {0, 0}
+    end.
+
+range_text(0) ->
+    "any";
+range_text(Last) ->
+    {First, _} = port_range(),
+    io_lib:format("~b to ~b", [First, Last]).
+
+%% For a link that was accepted.
+-spec accepted() -> meshx_node_nif:options().
+accepted() ->
+    maps:with(
+        [nodelay, keepalive, priority, tos, tclass],
+        maps:merge(
+            nodelay(),
+            integers(inet_dist_listen_options, kernel_list(inet_dist_listen_options))
+        )
+    ).
+
+%% For a link that is dialled, with the local address to bind, if one is given.
+-spec connect() ->
+    {undefined | {inet:ip_address(), inet:port_number()}, meshx_node_nif:options()}.
+connect() ->
+    Given = kernel_list(inet_dist_connect_options),
+    Bind =
+        case proplists:get_value(ip, Given) of
+            undefined -> undefined;
+            Ip -> {Ip, proplists:get_value(port, Given, 0)}
+        end,
+    {Bind, maps:merge(nodelay(), integers(inet_dist_connect_options, Given))}.
+
+nodelay() ->
+    #{
+        nodelay =>
+            case application:get_env(kernel, dist_nodelay) of
+                {ok, false} -> 0;
+                _ -> 1
+            end
+    }.
+
+kernel_list(Key) ->
+    case application:get_env(kernel, Key) of
+        {ok, List} when is_list(List) -> List;
+        _ -> []
+    end.
+
+%% ---- options of a running socket ----
+
+-spec set(meshx_node_nif:socket(), [term()]) -> ok | {error, term()}.
+set(Socket, Options) ->
+    case [Option || {Name, _} = Option <- Options, is_ours(Name)] of
+        [] -> set_each(Socket, Options);
+        Bad -> {error, {badopts, Bad}}
+    end.
+
+set_each(_Socket, []) ->
+    ok;
+set_each(Socket, [Option | Rest]) ->
+    case to_integer(Option) of
+        {Name, Value} ->
+            case meshx_node_nif:setopt(Socket, Name, Value) of
+                ok -> set_each(Socket, Rest);
+                Error -> Error
+            end;
+        ignored ->
+            set_each(Socket, Rest);
+        unknown ->
+            {error, einval}
+    end.
+
+-spec get(meshx_node_nif:socket(), [atom()]) -> {ok, [{atom(), term()}]} | {error, term()}.
+get(Socket, Names) ->
+    get_each(Socket, Names, []).
+
+get_each(_Socket, [], Found) ->
+    {ok, lists:reverse(Found)};
+get_each(Socket, [Name | Rest], Found) ->
+    case meshx_node_nif:getopt(Socket, Name) of
+        {ok, Value} when Name =:= nodelay; Name =:= keepalive; Name =:= reuseaddr ->
+            get_each(Socket, Rest, [{Name, Value =/= 0} | Found]);
+        {ok, Value} ->
+            get_each(Socket, Rest, [{Name, Value} | Found]);
+        {error, closed} ->
+            {error, closed};
+        {error, _} ->
+            %% inet:getopts/2 leaves out what the system does not know.
+            get_each(Socket, Rest, Found)
+    end.
+
+%% ---- conversion ----
+
+%% Options that are the carrier's own affair.
+is_ours(Name) ->
+    lists:member(Name, [active, deliver, packet]).
+
+integers(Key, Options) ->
+    lists:foldl(
+        fun(Option, Map) ->
+            case to_integer(Option) of
+                {Name, Value} ->
+                    Map#{Name => Value};
+                ignored ->
+                    Map;
+                unknown ->
+                    ?LOG_WARNING("meshx_node: ~tp in kernel's ~ts is not supported, ignored", [
+                        Option, Key
+                    ]),
+                    Map
+            end
+        end,
+        #{},
+        Options
+    ).
+
+to_integer({Name, Value}) when
+    is_boolean(Value),
+    (Name =:= nodelay orelse Name =:= keepalive orelse Name =:= reuseaddr orelse
+        Name =:= ipv6_v6only)
+->
+    {Name,
+        if
+            Value -> 1;
+            true -> 0
+        end};
+to_integer({Name, Value}) when
+    is_integer(Value),
+    (Name =:= sndbuf orelse Name =:= recbuf orelse Name =:= priority orelse Name =:= tos orelse
+        Name =:= tclass orelse Name =:= backlog)
+->
+    {Name, Value};
+to_integer(Option) when is_atom(Option) ->
+    ignored;
+to_integer({Name, _}) ->
+    %% What only makes sense for OTP's port drivers, or is read elsewhere in this module.
+    case
+        is_ours(Name) orelse
+            lists:member(Name, [
+                buffer,
+                delay_send,
+                header,
+                high_msgq_watermark,
+                high_watermark,
+                ifaddr,
+                inet_backend,
+                ip,
+                low_msgq_watermark,
+                low_watermark,
+                mode,
+                port,
+                send_timeout,
+                send_timeout_close
+            ])
+    of
+        true -> ignored;
+        false -> unknown
+    end;
+to_integer(_) ->
+    unknown.

@@ -1,0 +1,116 @@
+/* Failures: names of the codes, texts that stay one valid line whatever goes in. */
+#include "support.h"
+#include "error.h"
+
+#include <errno.h>
+#include <string.h>
+
+static void names(void **state) {
+    (void)state;
+#define CHECK_NAME(constant, value, name)                                                \
+    assert_string_equal(meshx_error_name(constant), #name);                              \
+    assert_int_equal(constant, value);
+    MESHX_ERRORS(CHECK_NAME)
+#undef CHECK_NAME
+    assert_string_equal(meshx_error_name(1), "unknown");
+    assert_string_equal(meshx_error_name(-9999), "unknown");
+}
+
+static void sets_code_and_text(void **state) {
+    (void)state;
+    struct meshx_failure failure = {0};
+    assert_int_equal(error_set(&failure, MESHX_ECONFIG, "%s is %d", "ttl", 0),
+                     MESHX_ECONFIG);
+    assert_int_equal(failure.code, MESHX_ECONFIG);
+    assert_string_equal(failure.text, "ttl is 0");
+}
+
+static void accepts_no_failure(void **state) {
+    (void)state;
+    assert_int_equal(error_set(NULL, MESHX_EDENIED, "%s", "x"), MESHX_EDENIED);
+    assert_int_equal(error_set_errno(NULL, EIO, "%s", "x"), MESHX_ESYSTEM);
+}
+
+static void adds_words_of_errno(void **state) {
+    (void)state;
+    struct meshx_failure failure = {0};
+    assert_int_equal(error_set_errno(&failure, ENOENT, "can't open %s", "/x"),
+                     MESHX_ESYSTEM);
+    assert_int_equal(failure.code, MESHX_ESYSTEM);
+    assert_string_equal(failure.text, "can't open /x: No such file or directory");
+}
+
+static void may_quote_its_own_text(void **state) {
+    (void)state;
+    struct meshx_failure failure = {0};
+    error_set(&failure, MESHX_ESYSTEM, "first");
+    error_set(&failure, MESHX_ECONFIG, "because %s", failure.text);
+    assert_string_equal(failure.text, "because first");
+}
+
+static void stays_one_line(void **state) {
+    (void)state;
+    struct meshx_failure failure = {0};
+    error_set(&failure, MESHX_ECONFIG, "a\r\nb\tc\x7f\x1b[0m \xc3\xa4");
+    assert_string_equal(failure.text, "a  b c  [0m \xc3\xa4");
+}
+
+static void cuts_long_text(void **state) {
+    (void)state;
+    struct meshx_failure failure = {0};
+    char text[2000];
+    memset(text, 'x', sizeof text - 1);
+    text[sizeof text - 1] = '\0';
+    error_set(&failure, MESHX_ECONFIG, "%s", text);
+    assert_int_equal(strlen(failure.text), sizeof failure.text - 1);
+    assert_memory_equal(failure.text, text, sizeof failure.text - 1);
+
+    /* Just full, then just over, with errno's words. */
+    memset(&failure, 0, sizeof failure);
+    error_set_errno(&failure, EIO, "%.*s", 505, text);
+    assert_int_equal(strlen(failure.text), 511);
+    assert_string_equal(failure.text + 505, ": Inpu");
+    error_set_errno(&failure, EIO, "%.*s", 600, text);
+    assert_int_equal(strlen(failure.text), 511);
+}
+
+/* A character of 2, 3 and 4 bytes at every place around the cut. */
+static void cuts_between_characters(void **state) {
+    (void)state;
+    static const char *const characters[] = {"\xc3\xa4", "\xe2\x82\xac",
+                                             "\xf0\x9f\x98\x80"};
+    for (size_t c = 0; c < 3; c++) {
+        size_t size = strlen(characters[c]);
+        for (size_t before = 500; before <= 512; before++) {
+            struct meshx_failure failure = {0};
+            char text[600];
+            memset(text, 'x', sizeof text);
+            memcpy(text + before, characters[c], size);
+            text[599] = '\0';
+            error_set(&failure, MESHX_ECONFIG, "%s", text);
+            size_t expected = before >= 511 || before + size <= 511 ? 511 : before;
+            assert_int_equal(strlen(failure.text), expected);
+        }
+    }
+    /* Not UTF-8 at all: nothing to save, but nothing read out of bounds. */
+    struct meshx_failure failure = {0};
+    char text[600];
+    memset(text, 0x80, sizeof text);
+    text[599] = '\0';
+    error_set(&failure, MESHX_ECONFIG, "%s", text);
+    assert_in_range(strlen(failure.text), 507, 511);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(names),
+        cmocka_unit_test(sets_code_and_text),
+        cmocka_unit_test(accepts_no_failure),
+        cmocka_unit_test(adds_words_of_errno),
+        cmocka_unit_test(may_quote_its_own_text),
+        cmocka_unit_test(stays_one_line),
+        cmocka_unit_test(cuts_long_text),
+        cmocka_unit_test(cuts_between_characters),
+    };
+    return cmocka_run_group_tests_name("error", tests, NULL, NULL);
+}
