@@ -150,7 +150,10 @@ environment(Consul, Extra) ->
     All = lists:foldl(
         fun({Name, Value}, Map) -> Map#{Name => Value} end, #{}, Own ++ Consul ++ Extra
     ),
-    [<<Name/binary, $=, Value/binary>> || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false].
+    [
+        <<Name/binary, $=, Value/binary>>
+     || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false
+    ].
 
 is_passed_on("LC_" ++ _) -> true;
 is_passed_on("CONSUL_" ++ _) -> true;
@@ -162,5 +165,5 @@ is_passed_on(Name) ->
 native(Text) ->
     case file:native_name_encoding() of
         latin1 -> list_to_binary(Text);
-        utf8 -> unicode:characters_to_binary(Text)
+        utf8 -> <<_/binary>> = unicode:characters_to_binary(Text)
     end.

@@ -46,21 +46,23 @@
     force_registration := boolean()
 }.
 
--type origin() :: {flag, binary()} | {environment, binary(), binary()} | {application, term()} | default.
+-type origin() ::
+    {flag, binary()} | {environment, Name :: binary(), binary()} | {application, term()} | default.
 
 -define(DAY, 86400000).
 -define(HIDDEN, <<"[hidden]">>).
 
 %% {Key, Type, Default, an example as it is written in a flag, Meaning}. Values of all
 %% sources, the defaults too, go through meshx_node_type.
--spec keys() -> [{atom(), meshx_node_type:type(), Default :: term(), Example :: string(), Meaning :: string()}].
+-spec keys() ->
+    [{atom(), meshx_node_type:type(), Default :: term(), Example :: string(), Meaning :: string()}].
 keys() ->
     [
         {consul_http_addr, {consul, text}, undefined, "'\"https://consul.example:8501\"'",
             "The Consul agent: host:port, http://, https:// or unix:///path. "
             "Unset: 127.0.0.1:8500."},
         {consul_http_token, {consul, secret}, undefined, "'\"...\"'",
-            "ACL token. Better a file or the environment: flags are seen by all users of the host."},
+            "ACL token. Better a file or the environment: all users of the host see flags."},
         {consul_http_token_file, {consul, text}, undefined, "'\"/run/consul/token\"'",
             "File with the ACL token, read anew for every request. Wins over consul_http_token, "
             "unless that comes from a source of higher rank."},
@@ -135,7 +137,7 @@ former(<<"service_params">>) -> "an option of MeshxNode 0.1; use service_name";
 former(<<"service_reg">>) -> "an option of MeshxNode 0.1; use service_template and sidecar_command";
 former(<<"upstream_params">>) -> "an option of MeshxNode 0.1; use service_name";
 former(<<"upstream_reg">>) -> "an option of MeshxNode 0.1; use upstream_template";
-former(<<"upstream_proxy">>) -> "an option of MeshxNode 0.1; a node's own sidecar is used: remove it";
+former(<<"upstream_proxy">>) -> "an option of MeshxNode 0.1; the own sidecar is used: remove it";
 former(<<"force_registration?">>) -> "an option of MeshxNode 0.1; use force_registration";
 former(<<"timeout">>) -> "an option of MeshxNode 0.1; use start_timeout";
 former(_) -> none.
@@ -200,8 +202,8 @@ row({Key, Type, Default, Example, Meaning}) ->
         Shown,
         Meaning
     ],
-    Row = ["| ", lists:join(" | ", [string:replace(Cell, "|", "\\|", all) || Cell <- Cells]), " |\n"],
-    Row.
+    Escaped = [string:replace(Cell, "|", "\\|", all) || Cell <- Cells],
+    ["| ", lists:join(" | ", Escaped), " |\n"].
 
 %%% Values of all keys, checked one by one: #{Key => {Origin, Value}}
 
@@ -247,13 +249,13 @@ flag_pairs([Name, Text | Rest], Flags) ->
     Value = flag_value(Key, Text),
     case Flags of
         #{Key := {_, Other}} when Other =/= Value ->
-            fail("command line", Key, "the flag is given twice, with different values");
+            fail("command line flag -meshx_node", Key, "is given twice, with different values");
         _ ->
             flag_pairs(Rest, Flags#{Key => {{flag, meshx_node_command:native(Text)}, Value}})
     end;
 flag_pairs([Name], _) ->
     Key = flag_key(Name),
-    throw({bad_configuration, io_lib:format("command line flag -meshx_node ~ts: a value is missing", [Key])});
+    fail("command line flag -meshx_node", Key, "a value is missing");
 flag_pairs([], Flags) ->
     Flags.
 
@@ -325,10 +327,10 @@ near(Name, Keys) ->
 
 %% Share of common pairs of neighbouring characters (Dice).
 similarity(A, B) ->
-    PairsA = pairs(binary_to_list(A)),
-    PairsB = pairs(binary_to_list(B)),
+    PairsA = pairs([$\s | binary_to_list(A) ++ " "]),
+    PairsB = pairs([$\s | binary_to_list(B) ++ " "]),
     Common = length(PairsA) - length(PairsA -- PairsB),
-    2 * Common / max(1, length(PairsA) + length(PairsB)).
+    2 * Common / (length(PairsA) + length(PairsB)).
 
 pairs([A | [B | _] = Rest]) -> [{A, B} | pairs(Rest)];
 pairs(_) -> [].
@@ -396,9 +398,11 @@ check_restarts(Settings) ->
         {true, _} ->
             ok;
         {false, true} ->
-            fail(MinOrigin, sidecar_restart_min, io_lib:format("is above sidecar_restart_max, ~b", [Max]));
+            Reason = io_lib:format("is above sidecar_restart_max, ~b", [Max]),
+            fail(MinOrigin, sidecar_restart_min, Reason);
         {false, false} ->
-            fail(MaxOrigin, sidecar_restart_max, io_lib:format("is below sidecar_restart_min, ~b", [Min]))
+            Reason = io_lib:format("is below sidecar_restart_min, ~b", [Min]),
+            fail(MaxOrigin, sidecar_restart_max, Reason)
     end.
 
 own_service_name(Node, Naming, Settings) ->
@@ -419,7 +423,8 @@ template(Key, Settings, Values) ->
         {_, undefined} ->
             undefined;
         {Origin, Template} ->
-            case meshx_node_command:fill(Template, [{Name, escape(Value)} || {Name, Value} <- Values]) of
+            Escaped = [{Name, escape(Value)} || {Name, Value} <- Values],
+            case meshx_node_command:fill(Template, Escaped) of
                 {ok, Text} -> Text;
                 {error, Reason} -> fail(Origin, Key, Reason)
             end
@@ -434,25 +439,20 @@ command(Settings, Values, Environment) ->
         {_, none} ->
             none;
         {Origin, Words} ->
-            Result =
-                maybe_all([meshx_node_command:fill(Word, Values) || Word <- Words]),
-            case Result of
-                {ok, [Program | Arguments]} ->
-                    case meshx_node_command:find_program(Program, path(Environment)) of
-                        {ok, File} -> [File | Arguments];
-                        {error, Reason} -> fail(Origin, sidecar_command, [
-                            Reason, "; set sidecar_command, to none if something else runs the sidecar"
-                        ])
-                    end;
+            Filled = [fill(Origin, Word, Values) || Word <- Words],
+            case meshx_node_command:find_program(hd(Filled), path(Environment)) of
+                {ok, File} ->
+                    [File | tl(Filled)];
                 {error, Reason} ->
-                    fail(Origin, sidecar_command, Reason)
+                    Remedy = "; set sidecar_command, to none if something else runs the sidecar",
+                    fail(Origin, sidecar_command, [Reason, Remedy])
             end
     end.
 
-maybe_all(Results) ->
-    case lists:keyfind(error, 1, Results) of
-        false -> {ok, [Value || {ok, Value} <- Results]};
-        Error -> Error
+fill(Origin, Word, Values) ->
+    case meshx_node_command:fill(Word, Values) of
+        {ok, Text} -> Text;
+        {error, Reason} -> fail(Origin, sidecar_command, Reason)
     end.
 
 path([<<"PATH=", Path/binary>> | _]) -> Path;
@@ -476,7 +476,7 @@ place({application, Value}, Key) ->
 place(default, Key) ->
     io_lib:format("default of ~ts", [Key]);
 place(Place, Key) ->
-    io_lib:format("~ts, ~ts", [Place, Key]).
+    [Place, " ", atom_to_binary(Key)].
 
 shown(Key, Between, Value) ->
     {Key, Type, _, _, _} = lists:keyfind(Key, 1, keys()),
@@ -508,8 +508,12 @@ redact_variable(Name, Value) ->
     end.
 
 harmless_variables() ->
-    Consul = [list_to_binary(variable(Key, Type)) || {Key, {consul, Kind} = Type, _, _, _} <- keys(), Kind =/= secret],
-    [<<"PATH">>, <<"HOME">>, <<"LANG">>, <<"TMPDIR">>, <<"TZ">>, <<"SSL_CERT_FILE">>, <<"SSL_CERT_DIR">> | Consul].
+    [<<"PATH">>, <<"HOME">>, <<"LANG">>, <<"TMPDIR">>, <<"TZ">>, <<"SSL_CERT_FILE">>] ++
+        [<<"SSL_CERT_DIR">>] ++
+        [
+            list_to_binary(variable(Key, Type))
+         || {Key, {consul, Kind} = Type, _, _, _} <- keys(), Kind =/= secret
+        ].
 
 redact_assignment(Assignment) ->
     [Name, Value] = binary:split(Assignment, <<"=">>),

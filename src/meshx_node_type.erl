@@ -122,7 +122,7 @@ check_naming({Module, Function}) when is_atom(Module), is_atom(Function) ->
         {module, Module} ->
             case erlang:function_exported(Module, Function, 1) of
                 true -> {ok, {Module, Function}};
-                false -> {error, io_lib:format("there is no function ~tp:~tp/1", [Module, Function])}
+                false -> {error, io_lib:format("there is no ~tp:~tp/1", [Module, Function])}
             end;
         {error, Reason} ->
             {error, io_lib:format("module ~tp can't be loaded: ~tp", [Module, Reason])}
@@ -220,7 +220,7 @@ check_variables(Value) ->
             end;
         {ok, Text} ->
             case meshx_node_command:words(Text) of
-                {ok, Words} -> variables([assignment(binary:split(Word, <<"=">>)) || Word <- Words]);
+                {ok, Words} -> variables([assignment(Word) || Word <- Words]);
                 {error, Reason} -> {error, Reason}
             end;
         error ->
@@ -233,8 +233,11 @@ variables(Pairs) ->
         false -> {ok, Pairs}
     end.
 
-assignment([Name, Value]) -> variable_pair({Name, Value});
-assignment(_) -> error.
+assignment(Word) ->
+    case binary:split(Word, <<"=">>) of
+        [Name, Value] -> variable_pair({Name, Value});
+        [_] -> error
+    end.
 
 variable_pair({Name, Value}) ->
     case {variable_name(Name), variable_value(Value)} of

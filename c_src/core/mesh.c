@@ -218,6 +218,8 @@ static void on_heartbeat(void *argument) {
     if (mesh->state == MESHX_STATE_READY) {
         loop_timer_start(mesh->heartbeat, mesh->config.values.ttl / 3);
         mesh_heartbeat(mesh);
+    } else if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_look(mesh);
     }
 }
 

@@ -21,12 +21,12 @@
 /* ---- the agent ---- */
 
 void mesh_retry_later(struct mesh *mesh) {
-    uint32_t max = mesh->config.values.ttl / 3;
+    uint32_t beat = mesh->config.values.ttl / 3;
+    uint32_t max = beat < RETRY_MAX ? beat : RETRY_MAX;
     if (mesh->retrying) {
         return;
     }
     uint32_t delay = mesh->retry_delay > 0 ? mesh->retry_delay * 2 : RETRY_MIN;
-    max = max < RETRY_MAX ? max : RETRY_MAX;
     mesh->retry_delay = delay < max ? delay : max;
     /* Up to a quarter less, so that many nodes do not come back to an agent as one. */
     uint32_t jitter = (uint32_t)(uv_hrtime() % (mesh->retry_delay / 4 + 1));

@@ -7,14 +7,14 @@
  * freed by mesh_finish(), which cuts it off the handle first.
  *
  * States (function that makes the step):
- *   STARTING -> READY     both checks have passed once     (mesh_start_checked)
+ *   STARTING -> READY     checks pass, others can find us  (become_ready)
  *   STARTING -> STOPPING  a step failed, or the user stops (mesh_stop)
  *   READY    -> STOPPING  the user or the loop stops       (mesh_stop)
  *   STOPPING -> freed     deregistered, sidecar gone       (mesh_finish)
  *
  * mesh.c               public API, mailbox, events, birth and end
  * mesh_config.c        checks and copies the configuration
- * mesh_start.c         claim the name, register, sidecar, first passes: READY
+ * mesh_start.c         claim the name, register, sidecar, first passes, visible: READY
  * mesh_registration.c  desired against applied: the one writer of the registration
  * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
  * mesh_upstream.c      lookups and upstreams
@@ -73,7 +73,7 @@ struct meshx_mesh {
 };
 
 /* A step of a start; it is repeated alone when the agent can't answer for now. */
-enum mesh_step { MESH_CLAIM, MESH_REGISTER, MESH_SIDECAR, MESH_PASS };
+enum mesh_step { MESH_CLAIM, MESH_REGISTER, MESH_SIDECAR, MESH_PASS, MESH_VISIBLE };
 
 /* Who holds the name already, as far as the answers tell. */
 struct mesh_claim {
@@ -146,8 +146,8 @@ struct mesh {
     bool has_last_failure;
     struct meshx_failure last_failure;
 
-    struct loop_timer *deadline; /* STARTING: start_timeout */
-    struct loop_timer *heartbeat;
+    struct loop_timer *deadline;  /* STARTING: start_timeout */
+    struct loop_timer *heartbeat; /* READY; in MESH_VISIBLE: when to look again */
     struct loop_timer *retry;
     struct loop_timer *finish; /* so that the end never frees what has just called us */
     uint32_t retry_delay;      /* the last one; 0: none since all went well */
@@ -173,6 +173,7 @@ struct mesh {
     bool sidecar_reported;   /* a person was told that it does not accept */
     unsigned sidecar_misses; /* failed probes in a row while the process lives */
     bool moved_in_start;
+    unsigned looks;      /* MESH_VISIBLE: how often the catalog was asked */
     struct probe *probe; /* at most one */
 
     struct mesh_upstream *upstreams;
@@ -208,6 +209,7 @@ void mesh_start_sidecar_said(struct mesh *mesh, const char *line);
 void mesh_start_accepts(struct mesh *mesh);
 void mesh_start_retry(struct mesh *mesh);
 void mesh_start_overdue(struct mesh *mesh);
+void mesh_start_look(struct mesh *mesh);
 /* Chooses sidecar_port, another than the current one unless it is pinned. */
 int mesh_choose_sidecar_port(struct mesh *mesh, struct meshx_failure *failure);
 

@@ -5,7 +5,8 @@
  *   MESH_CLAIM     is the name free? (local agent and catalog, asked side by side)
  *   MESH_REGISTER  with our own sidecar port, no upstreams, both checks critical
  *   MESH_SIDECAR   runs and its public port accepts
- *   MESH_PASS      both checks: READY
+ *   MESH_PASS      both checks
+ *   MESH_VISIBLE   the catalog has it, which takes some milliseconds more: READY
  * A step that fails because the agent has no leader or is too busy is repeated with
  * back-off until start_timeout; any other failure undoes all (mesh_stop.c) and is told by
  * FAILED. Invariant: nothing is deregistered that this start has not registered.
@@ -17,6 +18,8 @@
 #include <string.h>
 
 #define PROBE_INTERVAL 5 /* milliseconds; decides how long a start takes */
+#define LOOK_INTERVAL 3  /* milliseconds; so does this */
+#define LOOKS_MAX 500
 
 static void begin_step(struct mesh *mesh, enum mesh_step step);
 
@@ -25,6 +28,13 @@ static void fail_start(struct mesh *mesh, const struct meshx_failure *failure) {
     mesh->failure = *failure;
     mesh->start_failed = true;
     mesh_stop(mesh);
+}
+
+static void fail_out_of_memory(struct mesh *mesh) {
+    struct meshx_failure failure;
+    error_set(&failure, MESHX_ENOMEM, "out of memory for the start of %s",
+              mesh->config.values.node);
+    fail_start(mesh, &failure);
 }
 
 /* A failure of a request to the agent: worth another try, or the end. */
@@ -122,10 +132,7 @@ static void judge_claim(struct mesh *mesh) {
         claim->ours_port != mesh->config.values.listen_port) {
         if (probe_start(mesh->loop, mesh->config.listen_probe_address, claim->ours_port,
                         0, 0, on_former_owner, mesh, &mesh->probe) != MESHX_OK) {
-            struct meshx_failure failure;
-            error_set(&failure, MESHX_ENOMEM, "out of memory for the start of %s",
-                      mesh->config.values.node);
-            fail_start(mesh, &failure);
+            fail_out_of_memory(mesh);
         }
         return;
     }
@@ -337,6 +344,23 @@ static void begin_pass(struct mesh *mesh) {
     }
 }
 
+void mesh_start_checked(struct mesh *mesh, struct mesh_check *check,
+                        const struct meshx_failure *failure) {
+    if (mesh->step != MESH_PASS || mesh->retrying) {
+        return; /* overtaken by a failure of the other one */
+    }
+    if (failure != NULL) {
+        on_trouble(mesh, failure);
+        return;
+    }
+    check->passed = true;
+    if (mesh->vm_check.passed && mesh->sidecar_check.passed) {
+        begin_step(mesh, MESH_VISIBLE);
+    }
+}
+
+/* ---- MESH_VISIBLE ---- */
+
 static void become_ready(struct mesh *mesh) {
     const struct meshx_config *config = &mesh->config.values;
     struct meshx_event event = {.type = MESHX_EVENT_READY};
@@ -354,18 +378,61 @@ static void become_ready(struct mesh *mesh) {
     mesh_upstream_ready(mesh);
 }
 
-void mesh_start_checked(struct mesh *mesh, struct mesh_check *check,
-                        const struct meshx_failure *failure) {
-    if (mesh->step != MESH_PASS || mesh->retrying) {
-        return; /* overtaken by a failure of the other one */
+/* Others may not find us: tells why, but that is no reason to fail. */
+static void ready_unseen(struct mesh *mesh, const char *why) {
+    mesh_log(mesh, MESHX_LEVEL_WARNING,
+             "%s is registered, but does not appear in Consul's catalog as healthy (%s); "
+             "others may not find it. With ACLs, does the token have node:read?",
+             mesh->config.values.node, why);
+    become_ready(mesh);
+}
+
+static void on_look(const struct meshx_failure *failure,
+                    const struct document_instances *instances, void *argument) {
+    struct mesh *mesh = argument;
+    const char *trouble = NULL;
+    if (mesh->state != MESHX_STATE_STARTING || mesh->step != MESH_VISIBLE) {
+        return;
+    }
+    if (failure != NULL && failure->code == MESHX_EAGENT_ACL) {
+        ready_unseen(mesh, failure->text);
+        return;
     }
     if (failure != NULL) {
         on_trouble(mesh, failure);
         return;
     }
-    check->passed = true;
-    if (mesh->vm_check.passed && mesh->sidecar_check.passed) {
-        become_ready(mesh);
+    for (size_t i = 0; i < instances->count; i++) {
+        const struct document_instance *instance = &instances->items[i];
+        if (instance->node != NULL &&
+            strcmp(instance->node, mesh->config.values.node) == 0) {
+            trouble = instance->trouble;
+            if (instance->passing) {
+                become_ready(mesh);
+                return;
+            }
+        }
+    }
+    if (++mesh->looks < LOOKS_MAX) {
+        loop_timer_start(mesh->heartbeat, LOOK_INTERVAL);
+    } else {
+        ready_unseen(mesh, trouble != NULL ? trouble : "it is not listed");
+    }
+}
+
+void mesh_start_look(struct mesh *mesh) {
+    if (mesh->step == MESH_VISIBLE &&
+        consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT,
+                         mesh->config.values.service_name, on_look, mesh) != MESHX_OK) {
+        fail_out_of_memory(mesh);
+    }
+}
+
+static void begin_visible(struct mesh *mesh) {
+    if (mesh->sidecar == NULL) {
+        become_ready(mesh); /* it is up to someone else when the sidecar comes */
+    } else {
+        mesh_start_look(mesh);
     }
 }
 
@@ -383,6 +450,9 @@ static void begin_step(struct mesh *mesh, enum mesh_step step) {
         break;
     case MESH_PASS:
         begin_pass(mesh);
+        break;
+    case MESH_VISIBLE:
+        begin_visible(mesh);
         break;
     }
 }

@@ -2,13 +2,19 @@
  * The sidecar's process: started through meshx_guard, restarted with back-off. L3,
  * control thread only.
  *
- * States (function that makes the step):
- *   idle -> running     sidecar_start, restart timer
- *   running -> waiting  guard reports the end, or its socket closes      (on_record,
- * on_eof) waiting -> running  restart timer after the back-off any -> stopping
- * sidecar_stop stopping -> idle    guard's socket closed, that is: no process is left The
- * back-off doubles from restart_min to restart_max and is reset after the sidecar ran for
- * longer than restart_max.
+ * States (what makes the step):
+ *
+ *   idle       -> waiting     sidecar_start(), without delay
+ *   waiting    -> running     the restart timer; sidecar_restart() sets it to now
+ *   running    -> waiting     the guard reports the end, or its socket closes
+ *   running    -> restarting  sidecar_restart()
+ *   restarting -> running     the guard's socket closed, that is: no process is left
+ *   any        -> stopping    sidecar_stop()
+ *   stopping   -> idle        the guard's socket closed, or there was no guard
+ *
+ * A guard that does not close its socket within the stop timeout and one second more is
+ * given up. The back-off doubles from restart_min to restart_max and is reset by
+ * sidecar_start() and after the sidecar ran for longer than restart_max.
  */
 #ifndef MESHX_CORE_SIDECAR_H
 #define MESHX_CORE_SIDECAR_H
@@ -30,8 +36,8 @@ struct sidecar_callbacks {
     /*
      * It ended or could not be started: |failure| is MESHX_ESIDECAR_COMMAND (names the
      * command and errno's words), MESHX_ESIDECAR_EXITED (exit status or signal, and the
-     * last stderr line) or MESHX_ESYSTEM (guard can't be started). |restart_ms|: when it
-     * is tried again.
+     * last stderr line), MESHX_ESYSTEM (guard can't be started) or MESHX_ENOMEM.
+     * |restart_ms|: when it is tried again.
      */
     void (*ended)(const struct meshx_failure *failure, uint32_t restart_ms,
                   void *context);
@@ -54,8 +60,9 @@ void sidecar_start(struct sidecar *sidecar);
  * within the call. */
 void sidecar_stop(struct sidecar *sidecar);
 
-/* Restarts a running sidecar at once, without back-off (it hangs, or needs other ports).
- */
+/* Restarts a running sidecar at once, without back-off (it hangs, or needs other ports),
+ * or ends the wait for a restart; else does nothing. |started| follows, without |ended|
+ * for the process that is replaced. */
 void sidecar_restart(struct sidecar *sidecar);
 
 /* Frees in the background, without callbacks; the guard ends what still runs. NULL

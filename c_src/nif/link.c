@@ -79,6 +79,7 @@ static bool find_frames(struct socket *socket, struct span *frames, size_t max,
     const uint8_t *bytes = socket->reader.buffer.data;
     size_t position = socket->reader.start;
     uint_fast64_t ticks = 0;
+    bool valid = true;
 
     *count = 0;
     *need = 0;
@@ -86,10 +87,8 @@ static bool find_frames(struct socket *socket, struct span *frames, size_t max,
         size_t size;
         enum frame_status status = frame_next(socket->header, bytes + position,
                                               socket->reader.end - position, &size, need);
-        if (status == FRAME_TOO_LARGE) {
-            return false;
-        }
-        if (status == FRAME_PARTIAL) {
+        valid = status != FRAME_TOO_LARGE;
+        if (status != FRAME_COMPLETE) {
             break;
         }
         *need = 0;
@@ -104,7 +103,7 @@ static bool find_frames(struct socket *socket, struct span *frames, size_t max,
     }
     *next = position;
     atomic_fetch_add_explicit(&socket->frames_in, *count + ticks, memory_order_relaxed);
-    return true;
+    return valid;
 }
 
 /* Makes a buffer of |capacity| that begins with what is not yet delivered. */

@@ -290,8 +290,8 @@ static void passes_no_descriptor_beyond_2(void **state) {
     expect_line(&guarded, GUARD_STDOUT, "0 /dev/null");
     expect_line(&guarded, GUARD_STDOUT, "1 pipe:[]");
     expect_line(&guarded, GUARD_STDOUT, "2 pipe:[]");
-    /* The guard itself: 0-3, signalfd, two pipes. */
-    assert_int_equal(process_descriptors(guarded.guard), 7);
+    /* The guard itself: 0-3, signalfd, two pipes. Only root may look: not dumpable. */
+    assert_int_equal(process_descriptors(guarded.guard), geteuid() == 0 ? 7 : -1);
     ask_to_stop(&guarded);
     expect_killed(&guarded, SIGTERM);
     close(high);

@@ -1,0 +1,390 @@
+/*
+ * Typed calls to the agent: a path, maybe a body, and what the answer means. Control
+ * thread only.
+ *
+ * A call lives from the request to its callback. It is taken off the list before that, so
+ * the callback may do anything, consul_free() included. consul_free() frees the calls on
+ * the list, which http will not report any more.
+ */
+#include "consul.h"
+#include "error.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum kind { REGISTER, DEREGISTER, CHECK, SERVICE, INSTANCES, ALLOWED };
+
+struct call {
+    struct consul *consul;
+    enum kind kind;
+    union {
+        consul_done plain; /* REGISTER, DEREGISTER, CHECK */
+        consul_service_done service;
+        consul_instances_done instances;
+        consul_allowed_done allowed;
+    } done;
+    void *argument;
+    struct buf what; /* for people */
+    struct call *next;
+    struct call *previous;
+};
+
+struct consul {
+    struct http *http;
+    const struct endpoint *endpoint;
+    uint32_t timeout;
+    struct consul_counts counts;
+    struct call *calls;
+};
+
+int consul_new(struct meshx_loop *loop, const struct endpoint *endpoint, uint32_t timeout,
+               struct consul **out) {
+    struct consul *consul = calloc(1, sizeof *consul);
+    if (consul == NULL) {
+        return MESHX_ENOMEM;
+    }
+    int code = http_new(loop, endpoint, &consul->http);
+    if (code != MESHX_OK) {
+        free(consul);
+        return code;
+    }
+    consul->endpoint = endpoint;
+    consul->timeout = timeout;
+    *out = consul;
+    return MESHX_OK;
+}
+
+static void unlink_call(struct call *call) {
+    if (call->next != NULL) {
+        call->next->previous = call->previous;
+    }
+    if (call->previous != NULL) {
+        call->previous->next = call->next;
+    } else {
+        call->consul->calls = call->next;
+    }
+}
+
+static void call_free(struct call *call) {
+    buf_fini(&call->what);
+    free(call);
+}
+
+void consul_free(struct consul *consul) {
+    if (consul == NULL) {
+        return;
+    }
+    http_free(consul->http);
+    while (consul->calls != NULL) {
+        struct call *call = consul->calls;
+        unlink_call(call);
+        call_free(call);
+    }
+    free(consul);
+}
+
+struct consul_counts consul_counts(const struct consul *consul) {
+    return consul->counts;
+}
+
+/* ---- answers ---- */
+
+static bool says(const struct http_answer *answer, const char *words) {
+    return strstr(answer->body, words) != NULL;
+}
+
+/* Whether |answer| says that what we named is not there. Before 1.11 that was a 500, for
+ * a service only with ACLs. */
+static bool is_unknown(const struct http_answer *answer) {
+    return answer->status == 404 ||
+           (answer->status == 500 &&
+            (says(answer, "Unknown service") || says(answer, "Unknown check") ||
+             says(answer, "does not have associated TTL")));
+}
+
+static bool is_success(const struct call *call, const struct http_answer *answer) {
+    return (answer->status >= 200 && answer->status <= 299) ||
+           ((call->kind == DEREGISTER || call->kind == SERVICE) && is_unknown(answer));
+}
+
+/* Copies the first line of the agent's text, with nothing in it that a log would mind. */
+static void first_line(const struct http_answer *answer, char *out, size_t size) {
+    size_t length = strcspn(answer->body, "\r\n");
+    if (length > size - 1) {
+        length = size - 1;
+    }
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)answer->body[i];
+        out[i] = c < 0x20 || c == 0x7F ? '?' : (char)c;
+    }
+    out[length] = '\0';
+}
+
+/* What a status that is no success means. */
+static void refuse(const struct call *call, const struct http_answer *answer,
+                   struct meshx_failure *failure) {
+    int code = MESHX_EAGENT_REFUSED;
+    const char *remedy = "";
+    char line[200];
+    first_line(answer, line, sizeof line);
+    if (answer->status == 403) {
+        code = MESHX_EAGENT_ACL;
+        remedy = "; has the token (CONSUL_HTTP_TOKEN) the rights?";
+    } else if (says(answer, "No cluster leader")) {
+        code = MESHX_EAGENT_NO_LEADER;
+        remedy = "; its servers must elect one";
+    } else if (call->kind == CHECK && is_unknown(answer)) {
+        code = MESHX_ENODE_UNKNOWN;
+        remedy = "; it has lost the registration";
+    }
+    error_set(failure, code, "Consul agent at %s answers %ld %s%s",
+              call->consul->endpoint->shown, answer->status,
+              line[0] != '\0' ? line : "without a word", remedy);
+}
+
+/* Counts and reports the failure, with what was asked before its text. */
+static void fail(struct call *call, const struct meshx_failure *failure) {
+    struct meshx_failure whole;
+    error_set(&whole, failure->code, "%s: %s", buf_text(&call->what), failure->text);
+    call->consul->counts.failures++;
+    switch (call->kind) {
+    case REGISTER:
+    case DEREGISTER:
+    case CHECK:
+        call->done.plain(&whole, call->argument);
+        break;
+    case SERVICE:
+        call->done.service(&whole, NULL, call->argument);
+        break;
+    case INSTANCES:
+        call->done.instances(&whole, NULL, call->argument);
+        break;
+    case ALLOWED:
+        call->done.allowed(&whole, false, call->argument);
+        break;
+    }
+}
+
+/* The document in the answer is not what it should be. */
+static void fail_document(struct call *call, const struct meshx_failure *failure) {
+    struct meshx_failure whole;
+    error_set(&whole, failure->code, "Consul agent at %s: %s",
+              call->consul->endpoint->shown, failure->text);
+    fail(call, &whole);
+}
+
+static void end_service(struct call *call, const struct http_answer *answer) {
+    struct meshx_failure failure;
+    struct document_service service;
+    if (is_unknown(answer)) {
+        call->done.service(NULL, NULL, call->argument);
+    } else if (document_parse_service(answer->body, answer->size, &service, &failure) !=
+               MESHX_OK) {
+        fail_document(call, &failure);
+    } else {
+        call->done.service(NULL, &service, call->argument);
+        document_service_fini(&service);
+    }
+}
+
+static void end_instances(struct call *call, const struct http_answer *answer) {
+    struct meshx_failure failure;
+    struct document_instances instances;
+    if (document_parse_instances(answer->body, answer->size, &instances, &failure) !=
+        MESHX_OK) {
+        fail_document(call, &failure);
+    } else {
+        call->done.instances(NULL, &instances, call->argument);
+        document_instances_fini(&instances);
+    }
+}
+
+static void end_allowed(struct call *call, const struct http_answer *answer) {
+    struct meshx_failure failure;
+    bool allowed;
+    if (document_parse_allowed(answer->body, answer->size, &allowed, &failure) !=
+        MESHX_OK) {
+        fail_document(call, &failure);
+    } else {
+        call->done.allowed(NULL, allowed, call->argument);
+    }
+}
+
+static void end_success(struct call *call, const struct http_answer *answer) {
+    switch (call->kind) {
+    case REGISTER:
+    case DEREGISTER:
+    case CHECK:
+        call->done.plain(NULL, call->argument);
+        break;
+    case SERVICE:
+        end_service(call, answer);
+        break;
+    case INSTANCES:
+        end_instances(call, answer);
+        break;
+    case ALLOWED:
+        end_allowed(call, answer);
+        break;
+    }
+}
+
+static void on_answer(const struct meshx_failure *failure,
+                      const struct http_answer *answer, void *argument) {
+    struct call *call = argument;
+    unlink_call(call);
+    if (failure != NULL) {
+        fail(call, failure);
+    } else if (is_success(call, answer)) {
+        end_success(call, answer);
+    } else {
+        struct meshx_failure refusal;
+        refuse(call, answer, &refusal);
+        fail(call, &refusal);
+    }
+    call_free(call);
+}
+
+/* ---- questions ---- */
+
+struct question {
+    const char *method;
+    const char *path;      /* ends where |name| is appended, escaped */
+    const char *name;      /* or NULL */
+    const char *parameter; /* ends where |value| is appended, escaped */
+    const char *value;     /* or NULL: without the parameter */
+    const char *body;
+    const char *what; /* for people; |name| follows, and |relation| and |value| if set */
+    const char *relation;
+};
+
+static int build_path(const struct question *question, struct buf *path) {
+    int code = buf_append_text(path, question->path);
+    if (code == MESHX_OK && question->name != NULL) {
+        code = buf_append_escaped(path, question->name);
+    }
+    if (code == MESHX_OK && question->value != NULL) {
+        code = buf_append_text(path, question->parameter);
+        if (code == MESHX_OK) {
+            code = buf_append_escaped(path, question->value);
+        }
+    }
+    return code;
+}
+
+static int build_what(const struct question *question, struct buf *what) {
+    int code = buf_append_text(what, question->what);
+    if (code == MESHX_OK && question->name != NULL) {
+        code = buf_format(what, " %s", question->name);
+    }
+    if (code == MESHX_OK && question->relation != NULL) {
+        code = buf_format(what, " %s %s", question->relation, question->value);
+    }
+    return code;
+}
+
+/* Copies |model|, which has its kind, callback and argument, and sends the question. */
+static int ask(struct consul *consul, const struct call *model,
+               const struct question *question) {
+    struct buf path = {0};
+    struct call *call = malloc(sizeof *call);
+    if (call == NULL) {
+        return MESHX_ENOMEM;
+    }
+    *call = *model;
+    call->consul = consul;
+    if (build_what(question, &call->what) != MESHX_OK ||
+        build_path(question, &path) != MESHX_OK) {
+        goto fail;
+    }
+    struct http_request request = {question->method, buf_text(&path), question->body,
+                                   consul->timeout};
+    if (http_send(consul->http, &request, on_answer, call) != MESHX_OK) {
+        goto fail;
+    }
+    buf_fini(&path);
+    consul->counts.requests++;
+    call->next = consul->calls;
+    if (call->next != NULL) {
+        call->next->previous = call;
+    }
+    consul->calls = call;
+    return MESHX_OK;
+
+fail:
+    buf_fini(&path);
+    call_free(call);
+    return MESHX_ENOMEM;
+}
+
+int consul_register(struct consul *consul, const char *json, consul_done done,
+                    void *argument) {
+    return ask(consul,
+               &(struct call){.kind = REGISTER, .done.plain = done, .argument = argument},
+               &(struct question){.method = "PUT",
+                                  .path = "/v1/agent/service/register",
+                                  .body = json,
+                                  .what = "registering the service"});
+}
+
+int consul_deregister(struct consul *consul, const char *service_id, consul_done done,
+                      void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = DEREGISTER, .done.plain = done, .argument = argument},
+        &(struct question){.method = "PUT",
+                           .path = "/v1/agent/service/deregister/",
+                           .name = service_id,
+                           .what = "deregistering service"});
+}
+
+int consul_check(struct consul *consul, const char *check_id, enum consul_check status,
+                 const char *note, consul_done done, void *argument) {
+    bool pass = status == CONSUL_PASS;
+    return ask(consul,
+               &(struct call){.kind = CHECK, .done.plain = done, .argument = argument},
+               &(struct question){.method = "PUT",
+                                  .path = pass ? "/v1/agent/check/pass/"
+                                               : "/v1/agent/check/fail/",
+                                  .name = check_id,
+                                  .parameter = "?note=",
+                                  .value = note,
+                                  .what = pass ? "passing check" : "failing check"});
+}
+
+int consul_service(struct consul *consul, const char *service_id,
+                   consul_service_done done, void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = SERVICE, .done.service = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = "/v1/agent/service/",
+                           .name = service_id,
+                           .what = "asking for service ID"});
+}
+
+int consul_instances(struct consul *consul, enum consul_health which,
+                     const char *service_name, consul_instances_done done,
+                     void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = INSTANCES, .done.instances = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = which == CONSUL_HEALTH_CONNECT ? "/v1/health/connect/"
+                                                                  : "/v1/health/service/",
+                           .name = service_name,
+                           .what = "asking for instances of service"});
+}
+
+int consul_allowed(struct consul *consul, const char *source, const char *destination,
+                   consul_allowed_done done, void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = ALLOWED, .done.allowed = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = "/v1/connect/intentions/check?source=",
+                           .name = source,
+                           .parameter = "&destination=",
+                           .value = destination,
+                           .what = "asking whether",
+                           .relation = "may connect to"});
+}

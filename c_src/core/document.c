@@ -1,0 +1,629 @@
+/*
+ * Consul's JSON documents; the only file that knows jansson. L1, any thread: no state.
+ *
+ * Out: our document is built first and a user's template merged into it, so that a
+ * template can add but never take away. Keys keep their order (ours, then the
+ * template's), so the same input is the same text. In: nothing of an answer is trusted.
+ * Every field is fetched with the type it must have, and a text never ends early at a
+ * NUL, which would make two different names look equal.
+ *
+ * jansson's own limits hold for both: 2048 levels of nesting, 64-bit integers, UTF-8.
+ */
+#include "document.h"
+#include "buf.h"
+#include "error.h"
+
+#include <arpa/inet.h>
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Where we are in a document, for people: "Connect.SidecarService". */
+struct place {
+    const struct place *parent; /* NULL: the document itself, |key| is its name */
+    const char *key;
+};
+
+static int out_of_memory(struct meshx_failure *failure) {
+    return error_set(failure, MESHX_ENOMEM, "out of memory for a JSON document");
+}
+
+/*
+ * Whether jansson ran out of memory while it parsed. It doesn't always say so: mostly it
+ * returns without having filled |error|, and a few times it blames the text instead.
+ */
+static bool ran_out_of_memory(const json_error_t *error) {
+    return error->line < 0 || json_error_code(error) == json_error_out_of_memory;
+}
+
+static const char *kind_of(const json_t *value) {
+    switch (json_typeof(value)) {
+    case JSON_OBJECT:
+        return "an object";
+    case JSON_ARRAY:
+        return "an array";
+    case JSON_STRING:
+        return "a string";
+    case JSON_INTEGER:
+        return "an integer";
+    case JSON_REAL:
+        return "a number with a fraction";
+    case JSON_TRUE:
+    case JSON_FALSE:
+        return "a boolean";
+    default:
+        return "null";
+    }
+}
+
+/* --- Templates ------------------------------------------------------------------------
+ */
+
+static int parse_template(const char *text, json_t **out, struct meshx_failure *failure) {
+    json_error_t error;
+    json_t *value = json_loads(text, JSON_REJECT_DUPLICATES, &error);
+    if (value == NULL) {
+        return ran_out_of_memory(&error)
+                   ? out_of_memory(failure)
+                   : error_set(failure, MESHX_ECONFIG, "line %d, column %d: %s",
+                               error.line, error.column, error.text);
+    }
+    if (!json_is_object(value)) {
+        int result =
+            error_set(failure, MESHX_ECONFIG,
+                      "line 1, column 1: this is %s, not an object", kind_of(value));
+        json_decref(value);
+        return result;
+    }
+    *out = value;
+    return MESHX_OK;
+}
+
+int document_check_template(const char *text, struct meshx_failure *failure) {
+    json_t *value = NULL;
+    int result = parse_template(text, &value, failure);
+    json_decref(value);
+    return result;
+}
+
+/* As parse_template(), but |text| may be NULL and the failure names the template. */
+static int read_template(const char *name, const char *text, json_t **out,
+                         struct meshx_failure *failure) {
+    struct meshx_failure reason;
+    if (text == NULL) {
+        return MESHX_OK;
+    }
+    int result = parse_template(text, out, &reason);
+    return result == MESHX_ECONFIG
+               ? error_set(failure, result, "%s: %s", name, reason.text)
+           : result == MESHX_OK ? MESHX_OK
+                                : out_of_memory(failure);
+}
+
+static int append_place(struct buf *out, const struct place *place) {
+    if (place->parent == NULL) {
+        return MESHX_OK;
+    }
+    int result = append_place(out, place->parent);
+    if (result == MESHX_OK && place->parent->parent != NULL) {
+        result = buf_append_text(out, ".");
+    }
+    return result == MESHX_OK ? buf_append_text(out, place->key) : result;
+}
+
+static int template_failure(struct meshx_failure *failure, const struct place *place,
+                            const char *problem, const char *detail) {
+    struct buf path = {0};
+    const struct place *root = place;
+    while (root->parent != NULL) {
+        root = root->parent;
+    }
+    int result = append_place(&path, place);
+    result = result != MESHX_OK ? out_of_memory(failure)
+                                : error_set(failure, MESHX_ECONFIG, "%s: %s %s %s",
+                                            root->key, buf_text(&path), problem, detail);
+    buf_fini(&path);
+    return result;
+}
+
+/* Whether the agent would take |a| for |b|: it ignores case and, for some, underscores.
+ */
+static bool is_lookalike(const char *a, const char *b) {
+    for (;; a++, b++) {
+        a += strspn(a, "_");
+        b += strspn(b, "_");
+        char upper_a = (char)(*a >= 'a' && *a <= 'z' ? *a - 'a' + 'A' : *a);
+        char upper_b = (char)(*b >= 'a' && *b <= 'z' ? *b - 'a' + 'A' : *b);
+        if (upper_a != upper_b) {
+            return false;
+        }
+        if (upper_a == '\0') {
+            return true;
+        }
+    }
+}
+
+/* The key of |ours| that the agent would overwrite with the template's |key|, or NULL. */
+static const char *find_lookalike(json_t *ours, const char *key) {
+    const char *our_key;
+    json_t *value;
+    json_object_foreach(ours, our_key, value) {
+        if (is_lookalike(our_key, key)) {
+            return our_key;
+        }
+    }
+    return NULL;
+}
+
+/*
+ * Adds to |ours| what it doesn't have: objects are merged, arrays joined, of two other
+ * values ours stays. |theirs| is only read, but its values are shared afterwards.
+ */
+static int merge(json_t *ours, json_t *theirs, const struct place *place,
+                 struct meshx_failure *failure) {
+    /* Meta's keys are the user's own words, only elsewhere spelling can overwrite ours.
+     */
+    bool are_words = place->parent != NULL && strcmp(place->key, "Meta") == 0;
+    const char *key;
+    json_t *value;
+    json_object_foreach(theirs, key, value) {
+        const struct place here = {place, key};
+        json_t *mine = json_object_get(ours, key);
+        int result = MESHX_OK;
+        if (mine == NULL) {
+            const char *meant = are_words ? NULL : find_lookalike(ours, key);
+            if (meant != NULL) {
+                return template_failure(failure, &here, "must be written", meant);
+            }
+            if (json_object_set(ours, key, value) != 0) {
+                return out_of_memory(failure);
+            }
+        } else if (json_is_null(value)) {
+            continue;
+        } else if (json_is_object(mine)) {
+            result = json_is_object(value)
+                         ? merge(mine, value, &here, failure)
+                         : template_failure(failure, &here, "must be an object, but is",
+                                            kind_of(value));
+        } else if (json_is_array(mine)) {
+            if (!json_is_array(value)) {
+                return template_failure(failure, &here, "must be an array, but is",
+                                        kind_of(value));
+            }
+            if (json_array_extend(mine, value) != 0) {
+                return out_of_memory(failure);
+            }
+        } else if (json_is_object(value) || json_is_array(value)) {
+            result =
+                template_failure(failure, &here, "must not be given as", kind_of(value));
+        }
+        if (result != MESHX_OK) {
+            return result;
+        }
+    }
+    return MESHX_OK;
+}
+
+/* --- Registration ---------------------------------------------------------------------
+ */
+
+/* Of json_pack_ex(), whose input only ever fails for its encoding. */
+static int pack_failure(struct meshx_failure *failure, const json_error_t *error,
+                        const char *text) {
+    return json_error_code(error) == json_error_invalid_utf8
+               ? error_set(failure, MESHX_ECONFIG, "registration of %s: not UTF-8", text)
+               : out_of_memory(failure);
+}
+
+/* Where the sidecar reaches a node that listens at |address|. */
+static const char *reachable(const char *address) {
+    struct in_addr ipv4;
+    struct in6_addr ipv6;
+    if (inet_pton(AF_INET, address, &ipv4) == 1) {
+        return ipv4.s_addr == htonl(INADDR_ANY) ? "127.0.0.1" : address;
+    }
+    if (inet_pton(AF_INET6, address, &ipv6) == 1) {
+        return IN6_IS_ADDR_UNSPECIFIED(&ipv6) ? "::1" : address;
+    }
+    return address;
+}
+
+static int add_check(json_t *checks, const struct document_registration *registration,
+                     const char *id, const char *name, struct meshx_failure *failure) {
+    json_error_t error;
+    char ttl[16];
+    char after[16];
+    snprintf(ttl, sizeof ttl, "%lums", (unsigned long)registration->ttl);
+    snprintf(after, sizeof after, "%lums", (unsigned long)registration->deregister_after);
+    json_t *check = json_pack_ex(&error, 0, "{s:s, s:s, s:s, s:s, s:s}", "CheckID", id,
+                                 "Name", name, "TTL", ttl, "Status", "critical",
+                                 "DeregisterCriticalServiceAfter", after);
+    if (check == NULL) {
+        return pack_failure(failure, &error, id);
+    }
+    return json_array_append_new(checks, check) == 0 ? MESHX_OK : out_of_memory(failure);
+}
+
+static int add_upstream(json_t *upstreams, const struct document_upstream *upstream,
+                        json_t *template, struct meshx_failure *failure) {
+    json_error_t error;
+    json_t *value = json_pack_ex(
+        &error, 0, "{s:s, s:s, s:i}", "DestinationName", upstream->service_name,
+        "LocalBindAddress", upstream->bind_address, "LocalBindPort", (int)upstream->port);
+    if (value == NULL) {
+        return pack_failure(failure, &error, upstream->service_name);
+    }
+    const struct place place = {NULL, "upstream_template"};
+    int result = template == NULL ? MESHX_OK : merge(value, template, &place, failure);
+    if (result == MESHX_OK && json_array_append(upstreams, value) != 0) {
+        result = out_of_memory(failure);
+    }
+    json_decref(value);
+    return result;
+}
+
+/*
+ * The document without the template. The service has no Address: its sidecar would
+ * inherit it and listen there instead of at all addresses (agent/sidecar_service.go).
+ */
+static int pack_document(const struct document_registration *registration, json_t *checks,
+                         json_t *upstreams, json_t **out, struct meshx_failure *failure) {
+    json_error_t error;
+    json_t *document = json_pack_ex(
+        &error, 0,
+        "{s:s, s:s, s:i, s:{s:s}, s:O,"
+        " s:{s:{s:i, s:[{s:s, s:s}], s:{s:s, s:i, s:O}}}}",
+        "ID", registration->service_id, "Name", registration->service_name, "Port",
+        (int)registration->listen_port, "Meta", DOCUMENT_META_NODE, registration->node,
+        "Checks", checks, "Connect", "SidecarService", "Port",
+        (int)registration->sidecar_port, "Checks", "Name", "Alias of the node service",
+        "AliasService", registration->service_id, "Proxy", "LocalServiceAddress",
+        reachable(registration->listen_address), "LocalServicePort",
+        (int)registration->listen_port, "Upstreams", upstreams);
+    if (document == NULL) {
+        return pack_failure(failure, &error, registration->service_id);
+    }
+    if (registration->sidecar_address != NULL) {
+        json_t *sidecar =
+            json_object_get(json_object_get(document, "Connect"), "SidecarService");
+        if (json_object_set_new(sidecar, "Address",
+                                json_string(registration->sidecar_address)) != 0) {
+            json_decref(document);
+            return out_of_memory(failure);
+        }
+    }
+    *out = document;
+    return MESHX_OK;
+}
+
+/* Where json_dump_callback() writes. It goes on after some of the callback's errors as if
+ * nothing had happened (jansson 2.14), so whether one failed is noted here. */
+struct sink {
+    struct buf text;
+    bool failed;
+};
+
+static int write_to_sink(const char *text, size_t size, void *argument) {
+    struct sink *sink = argument;
+    if (buf_append(&sink->text, text, size) != MESHX_OK) {
+        sink->failed = true;
+    }
+    return sink->failed ? -1 : 0;
+}
+
+/*
+ * Not json_dumps(): its text belongs to jansson's allocator, which another library in
+ * this process may have replaced, ours to free().
+ */
+static int dump(const json_t *document, char **out, struct meshx_failure *failure) {
+    struct sink sink = {0};
+    if (json_dump_callback(document, write_to_sink, &sink, JSON_COMPACT) != 0 ||
+        sink.failed) {
+        buf_fini(&sink.text);
+        return out_of_memory(failure);
+    }
+    *out = buf_take(&sink.text);
+    return MESHX_OK;
+}
+
+int document_registration(const struct document_registration *registration, char **out,
+                          struct meshx_failure *failure) {
+    json_t *service_template = NULL;
+    json_t *upstream_template = NULL;
+    json_t *checks = json_array();
+    json_t *upstreams = json_array();
+    json_t *document = NULL;
+    const struct place place = {NULL, "service_template"};
+    int result = MESHX_OK;
+    if (checks == NULL || upstreams == NULL) {
+        result = out_of_memory(failure);
+        goto done;
+    }
+    result = read_template("service_template", registration->service_template,
+                           &service_template, failure);
+    if (result == MESHX_OK) {
+        result = read_template("upstream_template", registration->upstream_template,
+                               &upstream_template, failure);
+    }
+    if (result == MESHX_OK) {
+        result = add_check(checks, registration, registration->vm_check_id, "Erlang VM",
+                           failure);
+    }
+    if (result == MESHX_OK) {
+        result = add_check(checks, registration, registration->sidecar_check_id,
+                           "Connect sidecar", failure);
+    }
+    for (size_t i = 0; i < registration->upstream_count && result == MESHX_OK; i++) {
+        result = add_upstream(upstreams, &registration->upstreams[i], upstream_template,
+                              failure);
+    }
+    if (result == MESHX_OK) {
+        result = pack_document(registration, checks, upstreams, &document, failure);
+    }
+    if (result == MESHX_OK && service_template != NULL) {
+        result = merge(document, service_template, &place, failure);
+    }
+    if (result == MESHX_OK) {
+        result = dump(document, out, failure);
+    }
+
+done:
+    json_decref(document);
+    json_decref(upstreams);
+    json_decref(checks);
+    json_decref(upstream_template);
+    json_decref(service_template);
+    return result;
+}
+
+/* --- Answers --------------------------------------------------------------------------
+ */
+
+static int parse_answer(const char *body, size_t size, json_t **out,
+                        struct meshx_failure *failure) {
+    json_error_t error;
+    /* A check's output is whatever a program wrote, also a NUL. */
+    *out = json_loadb(body, size, JSON_ALLOW_NUL, &error);
+    if (*out != NULL) {
+        return MESHX_OK;
+    }
+    return ran_out_of_memory(&error)
+               ? out_of_memory(failure)
+               : error_set(failure, MESHX_EAGENT_ANSWER,
+                           "the agent's answer is not JSON: line %d, column %d: %s",
+                           error.line, error.column, error.text);
+}
+
+static int answer_failure(struct meshx_failure *failure, const char *key,
+                          const char *wanted, const json_t *value) {
+    return error_set(failure, MESHX_EAGENT_ANSWER,
+                     "the agent's answer is not understood: %s should be %s, but is %s",
+                     key, wanted, value == NULL ? "missing" : kind_of(value));
+}
+
+enum presence { OPTIONAL, REQUIRED };
+
+/* Borrows |key| of |object| to |*out|; NULL where it is missing or null and may be so. */
+static int get(json_t *object, const char *key, json_type type, enum presence presence,
+               json_t **out, struct meshx_failure *failure) {
+    static const char *const wanted[] = {
+        [JSON_OBJECT] = "an object",
+        [JSON_ARRAY] = "an array",
+        [JSON_STRING] = "a string",
+        [JSON_INTEGER] = "an integer",
+    };
+    json_t *value = json_object_get(object, key);
+    *out = NULL;
+    if ((value == NULL || json_is_null(value)) && presence == OPTIONAL) {
+        return MESHX_OK;
+    }
+    if (value == NULL || json_typeof(value) != type) {
+        return answer_failure(failure, key, wanted[type], value);
+    }
+    *out = value;
+    return MESHX_OK;
+}
+
+/* Copies |string| to |*out| (new); NULL stays NULL. A NUL in it becomes a space. */
+static int copy_string(const json_t *string, char **out, struct meshx_failure *failure) {
+    if (string == NULL) {
+        *out = NULL;
+        return MESHX_OK;
+    }
+    size_t size = json_string_length(string);
+    char *text = malloc(size + 1);
+    if (text == NULL) {
+        return out_of_memory(failure);
+    }
+    memcpy(text, json_string_value(string), size + 1);
+    for (char *nul = memchr(text, '\0', size); nul != NULL;
+         nul = memchr(nul, '\0', size - (size_t)(nul - text))) {
+        *nul = ' ';
+    }
+    *out = text;
+    return MESHX_OK;
+}
+
+/* get() and copy_string() at once. */
+static int get_string(json_t *object, const char *key, enum presence presence, char **out,
+                      struct meshx_failure *failure) {
+    json_t *value = NULL;
+    int result = get(object, key, JSON_STRING, presence, &value, failure);
+    return result == MESHX_OK ? copy_string(value, out, failure) : result;
+}
+
+/* The node name in the Meta of |service|: NULL if there is none. */
+static int get_node(json_t *service, char **out, struct meshx_failure *failure) {
+    json_t *meta = NULL;
+    int result = get(service, "Meta", JSON_OBJECT, OPTIONAL, &meta, failure);
+    return result == MESHX_OK
+               ? get_string(meta, DOCUMENT_META_NODE, OPTIONAL, out, failure)
+               : result;
+}
+
+/* |*out|: what |check| says against its instance, NULL if it passes. */
+static int read_check(json_t *check, char **out, struct meshx_failure *failure) {
+    json_t *status = NULL;
+    json_t *output = NULL;
+    json_t *name = NULL;
+    if (!json_is_object(check)) {
+        return answer_failure(failure, "each of Checks", "an object", check);
+    }
+    int result = get(check, "Status", JSON_STRING, REQUIRED, &status, failure);
+    if (result == MESHX_OK) {
+        result = get(check, "Output", JSON_STRING, OPTIONAL, &output, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(check, "Name", JSON_STRING, OPTIONAL, &name, failure);
+    }
+    if (result != MESHX_OK || strcmp(json_string_value(status), "passing") == 0) {
+        return result;
+    }
+    if (output != NULL && json_string_length(output) > 0) {
+        return copy_string(output, out, failure);
+    }
+    struct buf text = {0};
+    if (buf_format(&text, "check \"%s\" is %s",
+                   name == NULL ? "" : json_string_value(name),
+                   json_string_value(status)) != MESHX_OK) {
+        return out_of_memory(failure);
+    }
+    *out = buf_take(&text);
+    return MESHX_OK;
+}
+
+static int read_instance(json_t *entry, struct document_instance *out,
+                         struct meshx_failure *failure) {
+    json_t *agent = NULL;
+    json_t *service = NULL;
+    json_t *checks = NULL;
+    if (!json_is_object(entry)) {
+        return answer_failure(failure, "each instance", "an object", entry);
+    }
+    int result = get(entry, "Node", JSON_OBJECT, REQUIRED, &agent, failure);
+    if (result == MESHX_OK) {
+        result = get(entry, "Service", JSON_OBJECT, REQUIRED, &service, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(entry, "Checks", JSON_ARRAY, OPTIONAL, &checks, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(agent, "Node", REQUIRED, &out->agent_node, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(service, "ID", REQUIRED, &out->service_id, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_node(service, &out->node, failure);
+    }
+    for (size_t i = 0;
+         i < json_array_size(checks) && result == MESHX_OK && out->trouble == NULL; i++) {
+        result = read_check(json_array_get(checks, i), &out->trouble, failure);
+    }
+    out->passing = out->trouble == NULL;
+    return result;
+}
+
+int document_parse_instances(const char *body, size_t size,
+                             struct document_instances *out,
+                             struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    *out = (struct document_instances){0};
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    if (!json_is_array(answer)) {
+        result = answer_failure(failure, "the list of instances", "an array", answer);
+        goto done;
+    }
+    size_t count = json_array_size(answer);
+    if (count > 0) {
+        out->items = calloc(count, sizeof *out->items);
+        if (out->items == NULL) {
+            result = out_of_memory(failure);
+            goto done;
+        }
+    }
+    out->count = count;
+    for (size_t i = 0; i < count && result == MESHX_OK; i++) {
+        result = read_instance(json_array_get(answer, i), &out->items[i], failure);
+    }
+
+done:
+    if (result != MESHX_OK) {
+        document_instances_fini(out);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_instances_fini(struct document_instances *instances) {
+    for (size_t i = 0; i < instances->count; i++) {
+        free(instances->items[i].node);
+        free(instances->items[i].service_id);
+        free(instances->items[i].agent_node);
+        free(instances->items[i].trouble);
+    }
+    free(instances->items);
+    *instances = (struct document_instances){0};
+}
+
+int document_parse_service(const char *body, size_t size, struct document_service *out,
+                           struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    json_t *port = NULL;
+    *out = (struct document_service){0};
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    if (!json_is_object(answer)) {
+        result = answer_failure(failure, "the service", "an object", answer);
+    }
+    if (result == MESHX_OK) {
+        result = get_node(answer, &out->node, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(answer, "Address", REQUIRED, &out->address, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(answer, "Port", JSON_INTEGER, REQUIRED, &port, failure);
+    }
+    if (result == MESHX_OK) {
+        json_int_t number = json_integer_value(port);
+        if (number < 0 || number > UINT16_MAX) {
+            result = answer_failure(failure, "Port", "0 to 65535", port);
+        } else {
+            out->port = (uint16_t)number;
+        }
+    }
+    if (result != MESHX_OK) {
+        document_service_fini(out);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_service_fini(struct document_service *service) {
+    free(service->node);
+    free(service->address);
+    *service = (struct document_service){0};
+}
+
+int document_parse_allowed(const char *body, size_t size, bool *out,
+                           struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    json_t *allowed = json_object_get(answer, "Allowed");
+    if (json_is_boolean(allowed)) {
+        *out = json_is_true(allowed);
+    } else {
+        result = answer_failure(failure, "Allowed", "a boolean", allowed);
+    }
+    json_decref(answer);
+    return result;
+}

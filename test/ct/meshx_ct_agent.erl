@@ -1,0 +1,246 @@
+%% Consul agents for the suites: started on free ports, asked and changed over their HTTP API.
+%%
+%% An agent is the child of a shell that waits for the end of its standard input, which is an
+%% Erlang port: when the port or the whole VM goes, so does the agent.
+-module(meshx_ct_agent).
+
+-export([start/1, stop/1, url/1, binary/0, free_port/0]).
+-export([get/2, put/3, request/4, request/5]).
+-export([services/1, healthy/2, upstreams/2, deny/3, allow/3, delete_intentions/1]).
+-export_type([agent/0]).
+
+-type agent() :: #{
+    http := inet:port_number(),
+    port := port(),
+    process := meshx_ct_proc:process(),
+    directory := file:filename(),
+    token => string()
+}.
+
+-define(SCRIPT,
+    "log=$1; shift; \"$@\" >\"$log\" 2>&1 </dev/null & echo $!; cat >/dev/null; kill $!; wait $!"
+).
+
+%% The calling process owns the agent. Directory is the agent's own. `config' is HCL, `token' is
+%% sent with every request of this module.
+-spec start(#{directory := file:filename(), config => string(), token => string()}) -> agent().
+start(Options) ->
+    start(Options, 5).
+
+%% A port that was free may be taken before Consul binds it: others are tried.
+start(#{directory := Directory} = Options, Tries) ->
+    ok = filelib:ensure_path(Directory),
+    [Http, Grpc, Server, Serf] = free_ports(4),
+    Log = filename:join(Directory, "agent.log"),
+    Arguments = [
+        "-c",
+        ?SCRIPT,
+        "sh",
+        Log,
+        binary(),
+        "agent",
+        "-dev",
+        "-node=meshx-ct",
+        "-bind=127.0.0.1",
+        "-client=127.0.0.1",
+        "-dns-port=-1",
+        "-serf-wan-port=-1",
+        lists:concat(["-http-port=", Http]),
+        lists:concat(["-grpc-port=", Grpc]),
+        lists:concat(["-server-port=", Server]),
+        lists:concat(["-serf-lan-port=", Serf]),
+        "-hcl",
+        maps:get(config, Options, "")
+        | newer_arguments()
+    ],
+    Clean = [{Name, false} || "CONSUL_" ++ _ = Name <- [N || {N, _} <- os:env()]],
+    Port = open_port({spawn_executable, "/bin/sh"}, [
+        {args, Arguments}, {line, 100}, {env, Clean}, exit_status
+    ]),
+    OsPid =
+        receive
+            {Port, {data, {eol, Line}}} -> list_to_integer(Line)
+        end,
+    Agent = maps:merge(maps:with([token], Options), #{
+        http => Http, port => Port, directory => Directory, process => meshx_ct_proc:find(OsPid)
+    }),
+    case has_leader(Agent, erlang:monotonic_time(millisecond) + 60000) of
+        true ->
+            Agent;
+        false when Tries > 1 ->
+            stop(Agent),
+            start(Options, Tries - 1);
+        false ->
+            stop(Agent),
+            {ok, Text} = file:read_file(Log),
+            error({agent_does_not_start, Text})
+    end.
+
+%% Consul >= 1.14 opens one more port, which older ones do not know how to close.
+newer_arguments() ->
+    Help = os:cmd(lists:concat(["'", binary(), "' agent -help 2>&1"])),
+    ["-grpc-tls-port=-1" || string:find(Help, "grpc-tls-port") =/= nomatch].
+
+has_leader(#{process := none}, _) ->
+    false;
+has_leader(#{process := Process} = Agent, Deadline) ->
+    case catch request(Agent, "GET", "/v1/catalog/nodes", <<>>) of
+        {200, <<"[{", _/binary>>} ->
+            %% The catalog knows the agent: registrations become visible.
+            true;
+        _ ->
+            Waits = erlang:monotonic_time(millisecond) < Deadline,
+            meshx_ct_proc:is_alive(Process) andalso Waits andalso
+                begin
+                    timer:sleep(20),
+                    has_leader(Agent, Deadline)
+                end
+    end.
+
+%% Returns when the process is gone.
+-spec stop(agent()) -> ok.
+stop(#{port := Port, process := Process}) ->
+    catch port_close(Port),
+    Process =:= none orelse gone(Process, 250).
+
+gone(Process, 0) ->
+    meshx_ct_proc:signal(Process, "KILL"),
+    gone(Process, 250);
+gone(Process, Tries) ->
+    case meshx_ct_proc:is_alive(Process) of
+        true ->
+            timer:sleep(20),
+            gone(Process, Tries - 1);
+        false ->
+            ok
+    end.
+
+%% host:port, as CONSUL_HTTP_ADDR takes it.
+-spec url(agent()) -> string().
+url(#{http := Http}) ->
+    lists:concat(["127.0.0.1:", Http]).
+
+%% MESHX_CONSUL, else what `make consul' has left in this tree.
+-spec binary() -> file:filename().
+binary() ->
+    case os:getenv("MESHX_CONSUL", "") of
+        "" -> filename:join(meshx_ct:root(), "_build/consul/usr/bin/consul");
+        Path -> Path
+    end.
+
+-spec free_port() -> inet:port_number().
+free_port() ->
+    hd(free_ports(1)).
+
+%% Held all at once, so that they differ.
+free_ports(Count) ->
+    Sockets = [element(2, {ok, _} = gen_tcp:listen(0, [{ip, {127, 0, 0, 1}}])) || _ <- lists:seq(1, Count)],
+    Ports = [element(2, {ok, _} = inet:port(Socket)) || Socket <- Sockets],
+    lists:foreach(fun gen_tcp:close/1, Sockets),
+    Ports.
+
+%%% HTTP
+
+%% The decoded answer to a GET.
+-spec get(agent(), iodata()) -> term().
+get(Agent, Path) ->
+    {200, Body} = request(Agent, "GET", Path, <<>>),
+    decode(Body).
+
+%% The body of the answer to a PUT.
+-spec put(agent(), iodata(), term()) -> binary().
+put(Agent, Path, Document) ->
+    {ok, Json} = meshx_node_json:encode(Document),
+    {200, Body} = request(Agent, "PUT", Path, Json),
+    Body.
+
+-spec request(agent(), string(), iodata(), iodata()) -> {Status :: pos_integer(), Body :: binary()}.
+request(#{http := Http} = Agent, Method, Path, Body) ->
+    request(Http, maps:get(token, Agent, ""), Method, Path, Body).
+
+%% HTTP/1.0, so that the end of the connection ends the body.
+-spec request(inet:port_number(), string(), string(), iodata(), iodata()) ->
+    {Status :: pos_integer(), Body :: binary()}.
+request(Http, Token, Method, Path, Body) ->
+    {ok, Socket} = gen_tcp:connect({127, 0, 0, 1}, Http, [binary, {active, false}], 5000),
+    ok = gen_tcp:send(Socket, [
+        [Method, " ", Path, " HTTP/1.0\r\n"],
+        [["X-Consul-Token: ", Token, "\r\n"] || Token =/= ""],
+        ["Content-Length: ", integer_to_list(iolist_size(Body)), "\r\n\r\n", Body]
+    ]),
+    Answer = receive_all(Socket, <<>>),
+    gen_tcp:close(Socket),
+    [Head, Content] = binary:split(Answer, <<"\r\n\r\n">>),
+    [_, Status | _] = binary:split(Head, <<" ">>, [global]),
+    {binary_to_integer(Status), Content}.
+
+receive_all(Socket, Received) ->
+    case gen_tcp:recv(Socket, 0, 30000) of
+        {ok, More} -> receive_all(Socket, <<Received/binary, More/binary>>);
+        {error, closed} -> Received
+    end.
+
+decode(Body) ->
+    {ok, Term} = meshx_node_json:decode(Body),
+    Term.
+
+%%% What suites ask for
+
+%% #{ServiceId => Service} of what is registered at this agent.
+-spec services(agent()) -> #{binary() => map()}.
+services(Agent) ->
+    get(Agent, "/v1/agent/services").
+
+%% IDs of the sidecars through which the service Name can be reached now.
+-spec healthy(agent(), binary()) -> [binary()].
+healthy(Agent, Name) ->
+    Instances = get(Agent, ["/v1/health/connect/", uri_string:quote(Name), "?passing"]),
+    [maps:get(<<"ID">>, maps:get(<<"Service">>, Instance)) || Instance <- Instances].
+
+%% Names of the services for which the sidecar of a node has an upstream.
+-spec upstreams(agent(), node()) -> [binary()].
+upstreams(Agent, Node) ->
+    Id = uri_string:quote(<<(atom_to_binary(Node))/binary, "-sidecar-proxy">>),
+    #{<<"Proxy">> := Proxy} = get(Agent, ["/v1/agent/service/", Id]),
+    [Name || #{<<"DestinationName">> := Name} <- maps:get(<<"Upstreams">>, Proxy, [])].
+
+-spec deny(agent(), binary(), binary()) -> ok.
+deny(Agent, Source, Destination) ->
+    intend(Agent, Source, Destination, deny).
+
+-spec allow(agent(), binary(), binary()) -> ok.
+allow(Agent, Source, Destination) ->
+    intend(Agent, Source, Destination, allow).
+
+%% By name since 1.9, before that by creating it.
+intend(Agent, Source, Destination, Action) ->
+    Exact = [
+        "/v1/connect/intentions/exact?source=",
+        uri_string:quote(Source),
+        "&destination=",
+        uri_string:quote(Destination)
+    ],
+    {ok, Json} = meshx_node_json:encode(#{<<"Action">> => Action}),
+    case request(Agent, "PUT", Exact, Json) of
+        {200, _} ->
+            ok;
+        {_, _} ->
+            {ok, Whole} = meshx_node_json:encode(#{
+                <<"SourceName">> => Source,
+                <<"DestinationName">> => Destination,
+                <<"Action">> => Action
+            }),
+            {200, _} = request(Agent, "POST", "/v1/connect/intentions", Whole),
+            ok
+    end.
+
+-spec delete_intentions(agent()) -> ok.
+delete_intentions(Agent) ->
+    [delete_intention(Agent, Intention) || Intention <- get(Agent, "/v1/connect/intentions")],
+    ok.
+
+delete_intention(Agent, #{<<"ID">> := Id}) when Id =/= <<>> ->
+    {200, _} = request(Agent, "DELETE", ["/v1/connect/intentions/", Id], <<>>);
+delete_intention(Agent, #{<<"SourceName">> := Source, <<"DestinationName">> := Destination}) ->
+    Query = ["?source=", uri_string:quote(Source), "&destination=", uri_string:quote(Destination)],
+    {200, _} = request(Agent, "DELETE", ["/v1/connect/intentions/exact", Query], <<>>).

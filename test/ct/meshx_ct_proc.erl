@@ -1,0 +1,75 @@
+%% Processes of the operating system as /proc shows them: who descends from whom, and is it
+%% still alive? A process is its id and its start time, so that a reused id is another process.
+-module(meshx_ct_proc).
+
+-export([find/1, children/1, descendants/1, is_alive/1, signal/2, program/1, pid/1]).
+-export_type([process/0]).
+
+-type process() :: {OsPid :: pos_integer(), StartTime :: binary(), Program :: binary()}.
+
+-spec find(pos_integer()) -> process() | none.
+find(OsPid) ->
+    case status(OsPid) of
+        {_Parent, State, Process} when State =/= <<"Z">>, State =/= <<"X">> -> Process;
+        _ -> none
+    end.
+
+-spec children(pos_integer()) -> [process()].
+children(OsPid) ->
+    [Process || {Parent, _, Process} <- all(), Parent =:= OsPid].
+
+-spec descendants(pos_integer()) -> [process()].
+descendants(OsPid) ->
+    descendants([OsPid], all(), []).
+
+descendants([], _All, Found) ->
+    Found;
+descendants(Parents, All, Found) ->
+    Next = [Process || {Parent, _, Process} <- All, lists:member(Parent, Parents)],
+    descendants([OsPid || {OsPid, _, _} <- Next], All, Next ++ Found).
+
+-spec is_alive(process()) -> boolean().
+is_alive({OsPid, _, _} = Process) ->
+    case find(OsPid) of
+        none -> false;
+        Found -> element(2, Found) =:= element(2, Process)
+    end.
+
+%% Only to processes the tests have started; that is why it takes no bare id.
+-spec signal(process(), string()) -> ok.
+signal({OsPid, _, _} = Process, Signal) ->
+    _ = is_alive(Process) andalso
+        os:cmd(lists:concat(["kill -", Signal, " ", OsPid, " 2>/dev/null"])),
+    ok.
+
+%% At most 15 bytes of the executable's name.
+-spec program(process()) -> binary().
+program({_, _, Program}) -> Program.
+
+-spec pid(process()) -> pos_integer().
+pid({OsPid, _, _}) -> OsPid.
+
+all() ->
+    {ok, Names} = file:list_dir("/proc"),
+    [
+        Status
+     || [Digit | _] = Name <- Names,
+        Digit >= $0,
+        Digit =< $9,
+        Status <- [status(list_to_integer(Name))],
+        Status =/= none
+    ].
+
+%% proc(5), /proc/pid/stat: pid (program) state parent ... starttime is field 22. The program's
+%% name may hold spaces and parentheses.
+status(OsPid) ->
+    case file:read_file(lists:concat(["/proc/", OsPid, "/stat"])) of
+        {ok, Stat} ->
+            [_, AfterOpen] = binary:split(Stat, <<"(">>),
+            {Close, _} = lists:last(binary:matches(AfterOpen, <<")">>)),
+            <<Program:Close/binary, ") ", Rest/binary>> = AfterOpen,
+            [State, Parent | Fields] = binary:split(Rest, <<" ">>, [global]),
+            {binary_to_integer(Parent), State, {OsPid, lists:nth(18, Fields), Program}};
+        {error, _} ->
+            none
+    end.

@@ -1,0 +1,436 @@
+%% The NIF's sockets and framed links by themselves: one end is the NIF, the other gen_tcp,
+%% which says byte by byte what goes over the wire. No agent, no distribution.
+-module(meshx_node_socket_SUITE).
+
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, init_per_testcase/2, end_per_testcase/2]).
+-export([
+    reads_frames_cut_at_every_byte/1,
+    reads_frames_of_every_size_class/1,
+    reads_many_small_frames/1,
+    reads_handshake_packets_one_at_a_time/1,
+    delivers_all_frames_before_the_end/1,
+    refuses_a_frame_longer_than_allowed/1,
+    does_not_allocate_for_a_length_alone/1,
+    writes_what_is_asked_in_order/1,
+    writes_to_a_slow_reader_lose_nothing/1,
+    writes_frames_of_very_many_pieces/1,
+    refuses_a_write_while_one_is_pending/1,
+    refuses_a_frame_whose_size_is_wrong/1,
+    ticks_between_frames/1,
+    tick_while_data_is_pending_adds_nothing/1,
+    ticks_into_a_full_socket_keep_the_framing/1,
+    counts_frames_and_bytes/1,
+    closes_when_the_owner_dies/1,
+    keeps_open_when_a_former_owner_dies/1,
+    closes_when_handed_to_a_dead_process/1,
+    accept_waits_for_bytes/1,
+    connect_to_nobody_is_refused/1,
+    options_can_be_set_and_read/1,
+    garbage_arguments_are_badarg/1
+]).
+
+all() ->
+    [
+        Name
+     || {Name, 1} <- ?MODULE:module_info(exports), Name =/= module_info
+    ].
+
+%% A listener for the peer of each link.
+init_per_testcase(_Case, Config) ->
+    {ok, Listener} = gen_tcp:listen(0, [binary, {active, false}, {ip, {127, 0, 0, 1}}]),
+    {ok, Port} = inet:port(Listener),
+    [{listener, Listener}, {port, Port} | Config].
+
+end_per_testcase(_Case, Config) ->
+    gen_tcp:close(?config(listener, Config)).
+
+%% ---- reading ----
+
+reads_frames_cut_at_every_byte(Config) ->
+    Frames = [<<"a">>, <<>>, <<"bcd">>, binary:copy(<<"x">>, 2047), binary:copy(<<"y">>, 2048)],
+    Stream = iolist_to_binary([[<<(byte_size(F)):32>>, F] || F <- Frames]),
+    Expected = Frames -- [<<>>],
+    {Link, Peer} = link_pair(Config),
+    lists:foreach(
+        fun(Cut) ->
+            <<First:Cut/binary, Second/binary>> = Stream,
+            ok = gen_tcp:send(Peer, First),
+            %% What can be read of the first part is read before the second is sent.
+            Read = read_bytes(Link, byte_size(First)),
+            ok = gen_tcp:send(Peer, Second),
+            ?assertEqual(Expected, Read ++ read_frames(Link, length(Expected) - length(Read)))
+        end,
+        lists:seq(0, byte_size(Stream))
+    ).
+
+reads_frames_of_every_size_class(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Sizes = [1, 2047, 2048, 8191, 8192, 8193, 65536, 491516, 491520, 491521, 3000000, 5],
+    Frames = [bytes(Size) || Size <- Sizes],
+    send_frames(Peer, Frames),
+    Read = read_frames(Link, length(Frames)),
+    ?assertEqual([erlang:md5(F) || F <- Frames], [erlang:md5(F) || F <- Read]).
+
+reads_many_small_frames(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Frames = [<<N:32, (binary:copy(<<N>>, N rem 300))/binary>> || N <- lists:seq(1, 20000)],
+    send_frames(Peer, Frames),
+    ?assert(Frames =:= read_frames(Link, length(Frames))).
+
+reads_handshake_packets_one_at_a_time(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = meshx_node_nif:framing(Link, handshake),
+    ok = gen_tcp:send(Peer, <<3:16, "one", 3:16, "two", 5:32, "three">>),
+    ?assertEqual([<<"one">>], read_frames(Link, 1)),
+    ?assertEqual([<<"two">>], read_frames(Link, 1)),
+    ok = meshx_node_nif:framing(Link, distribution),
+    ?assertEqual([<<"three">>], read_frames(Link, 1)).
+
+delivers_all_frames_before_the_end(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Frames = [<<N:32>> || N <- lists:seq(1, 2000)],
+    ok = gen_tcp:send(Peer, [[<<4:32>>, F] || F <- Frames]),
+    ok = gen_tcp:send(Peer, <<100:32, "cut">>),
+    ok = gen_tcp:close(Peer),
+    ?assert(Frames =:= read_frames(Link, length(Frames))),
+    ?assertEqual({error, closed}, read_to_end(Link)).
+
+refuses_a_frame_longer_than_allowed(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = gen_tcp:send(Peer, <<2:32, "ok", 16#FFFFFFFF:32, "rest">>),
+    ?assertEqual([<<"ok">>], read_frames(Link, 1)),
+    ?assertEqual({error, bad_frame}, read_to_end(Link)).
+
+does_not_allocate_for_a_length_alone(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Before = erlang:memory(binary),
+    ok = gen_tcp:send(Peer, <<(100 * 1024 * 1024):32, "only this much">>),
+    ?assertEqual([], read_bytes(Link, 18)),
+    ?assertMatch({wait, []}, meshx_node_nif:read(Link)),
+    ?assert(erlang:memory(binary) - Before < 2 * 1024 * 1024).
+
+%% ---- writing ----
+
+writes_what_is_asked_in_order(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = meshx_node_nif:write(Link, [{0, []}, {3, [<<"abc">>]}, {5, [<<"de">>, <<>>, <<"fgh">>]}]),
+    ?assertEqual({ok, <<0:32, 3:32, "abc", 5:32, "defgh">>}, gen_tcp:recv(Peer, 20)),
+    ok = meshx_node_nif:write(Link, []),
+    ok = meshx_node_nif:framing(Link, handshake),
+    ok = meshx_node_nif:write(Link, [{2, [<<"hi">>]}]),
+    ?assertEqual({ok, <<2:16, "hi">>}, gen_tcp:recv(Peer, 4)).
+
+writes_to_a_slow_reader_lose_nothing(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Frames = [bytes(N * 997 rem 100000) || N <- lists:seq(1, 400)],
+    Stream = iolist_to_binary([[<<(byte_size(F)):32>>, F] || F <- Frames]),
+    Writer = in_owner(Link, fun() -> write_all(Link, Frames) end),
+    ?assert(Stream =:= slow_read(Peer, byte_size(Stream))),
+    finished(Writer).
+
+writes_frames_of_very_many_pieces(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Pieces = [<<N:16>> || N <- lists:seq(1, 30000)],
+    Writer = in_owner(Link, fun() ->
+        written(Link, meshx_node_nif:write(Link, [{60000, Pieces}, {1, [<<"!">>]}]))
+    end),
+    Expected = iolist_to_binary([<<60000:32>>, Pieces, <<1:32, "!">>]),
+    ?assert({ok, Expected} =:= gen_tcp:recv(Peer, byte_size(Expected))),
+    finished(Writer).
+
+refuses_a_write_while_one_is_pending(Config) ->
+    {Link, _Peer} = link_pair(Config),
+    wait = fill(Link),
+    ?assertError(badarg, meshx_node_nif:write(Link, [{1, [<<"x">>]}])).
+
+refuses_a_frame_whose_size_is_wrong(Config) ->
+    {Link, _Peer} = link_pair(Config),
+    ?assertError(badarg, meshx_node_nif:write(Link, [{2, [<<"abc">>]}])),
+    ?assertError(badarg, meshx_node_nif:write(Link, [{4, [<<"abc">>]}])),
+    ?assertError(badarg, meshx_node_nif:write(Link, [{3, [abc]}])),
+    ?assertError(badarg, meshx_node_nif:write(Link, [abc])).
+
+ticks_between_frames(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = meshx_node_nif:write(Link, [{1, [<<"a">>]}]),
+    ok = meshx_node_nif:tick(Link),
+    ok = meshx_node_nif:write(Link, [{1, [<<"b">>]}]),
+    ?assertEqual({ok, <<1:32, "a", 0:32, 1:32, "b">>}, gen_tcp:recv(Peer, 14)).
+
+tick_while_data_is_pending_adds_nothing(Config) ->
+    {Link, Peer} = link_pair(Config),
+    wait = fill(Link),
+    {_, _, _, Written, Pending} = Before = meshx_node_nif:statistics(Link),
+    [ok = meshx_node_nif:tick(Link) || _ <- lists:seq(1, 10)],
+    ?assertEqual(Before, meshx_node_nif:statistics(Link)),
+    Writer = in_owner(Link, fun() -> written(Link, meshx_node_nif:flush(Link)) end),
+    Read = slow_read(Peer, Written + Pending),
+    ?assertEqual(<<"end">>, binary:part(Read, byte_size(Read), -3)),
+    finished(Writer).
+
+%% The kernel may take a part of a tick's four bytes.
+ticks_into_a_full_socket_keep_the_framing(Config) ->
+    {Link, Peer} = link_pair(Config),
+    lists:foreach(fun(_) -> ok = meshx_node_nif:tick(Link) end, lists:seq(1, 2000000)),
+    {_, Ticks, _, Written, _} = meshx_node_nif:statistics(Link),
+    ?assert(Ticks < 2000000),
+    ?assertEqual(Ticks, (Written + 3) div 4),
+    Writer = in_owner(Link, fun() ->
+        written(Link, meshx_node_nif:write(Link, [{4, [<<"last">>]}]))
+    end),
+    ?assert(slow_read(Peer, 4 * Ticks + 8) =:= <<0:(32 * Ticks), 4:32, "last">>),
+    finished(Writer).
+
+counts_frames_and_bytes(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ?assertEqual({0, 0, 0, 0, 0}, meshx_node_nif:statistics(Link)),
+    ok = meshx_node_nif:write(Link, [{3, [<<"abc">>]}, {0, []}]),
+    ok = meshx_node_nif:tick(Link),
+    ok = gen_tcp:send(Peer, <<0:32, 2:32, "hi">>),
+    [<<"hi">>] = read_frames(Link, 1),
+    ?assertEqual({2, 3, 10, 15, 0}, meshx_node_nif:statistics(Link)).
+
+%% ---- life ----
+
+closes_when_the_owner_dies(Config) ->
+    Port = ?config(port, Config),
+    Owner = spawn(fun() ->
+        {ok, _Link} = connect(Port),
+        receive
+            stop -> ok
+        end
+    end),
+    {ok, Peer} = gen_tcp:accept(?config(listener, Config), 5000),
+    Owner ! stop,
+    ?assertEqual({error, closed}, gen_tcp:recv(Peer, 0, 5000)).
+
+keeps_open_when_a_former_owner_dies(Config) ->
+    Self = self(),
+    Port = ?config(port, Config),
+    {Owner, Monitor} = spawn_monitor(fun() ->
+        {ok, Link} = connect(Port),
+        ok = meshx_node_nif:controlling_process(Link, Self),
+        Self ! {link, Link}
+    end),
+    {ok, Peer} = gen_tcp:accept(?config(listener, Config), 5000),
+    receive
+        {'DOWN', Monitor, process, Owner, normal} -> ok
+    end,
+    receive
+        {link, Link} -> ok = meshx_node_nif:write(Link, [{2, [<<"hi">>]}])
+    end,
+    ?assertEqual({ok, <<2:16, "hi">>}, gen_tcp:recv(Peer, 4, 5000)).
+
+closes_when_handed_to_a_dead_process(Config) ->
+    {Link, Peer} = link_pair(Config),
+    {Dead, Monitor} = spawn_monitor(fun() -> ok end),
+    receive
+        {'DOWN', Monitor, process, Dead, _} -> ok
+    end,
+    ?assertEqual({error, closed}, meshx_node_nif:controlling_process(Link, Dead)),
+    ?assertEqual({error, closed}, gen_tcp:recv(Peer, 0, 5000)),
+    ?assertEqual({error, closed}, meshx_node_nif:write(Link, [{1, [<<"x">>]}])),
+    ?assertEqual({error, closed}, meshx_node_nif:read(Link)),
+    ?assertEqual({error, closed}, meshx_node_nif:tick(Link)),
+    ?assertEqual(ok, meshx_node_nif:close(Link)).
+
+accept_waits_for_bytes(_Config) ->
+    {ok, Listener} = meshx_node_nif:listen({127, 0, 0, 1}, 0, #{}),
+    {ok, {{127, 0, 0, 1}, Port}} = meshx_node_nif:address(Listener, local),
+    wait = meshx_node_nif:accept(Listener, #{}),
+    {ok, Peer} = gen_tcp:connect({127, 0, 0, 1}, Port, [binary, {active, false}]),
+    ok = gen_tcp:send(Peer, <<2:16, "hi">>),
+    {ok, Link} = accept(Listener, wait),
+    ?assertEqual([<<"hi">>], read_frames(Link, 1)),
+    {ok, PeerAddress} = inet:sockname(Peer),
+    ?assertEqual({ok, PeerAddress}, meshx_node_nif:address(Link, peer)),
+    ok = meshx_node_nif:close(Listener),
+    ?assertEqual({error, closed}, meshx_node_nif:accept(Listener, #{})),
+    ?assertEqual({error, econnrefused}, connect(Port)).
+
+connect_to_nobody_is_refused(_Config) ->
+    {ok, Listener} = meshx_node_nif:listen({127, 0, 0, 1}, 0, #{}),
+    {ok, {_, Port}} = meshx_node_nif:address(Listener, local),
+    ok = meshx_node_nif:close(Listener),
+    ?assertEqual({error, econnrefused}, connect(Port)).
+
+options_can_be_set_and_read(Config) ->
+    {Link, _} = link_pair(Config),
+    {ok, [{nodelay, true}]} = meshx_node_options:get(Link, [nodelay]),
+    ok = meshx_node_options:set(Link, [{nodelay, false}, {keepalive, true}, {buffer, 1000}]),
+    ?assertEqual(
+        {ok, [{nodelay, false}, {keepalive, true}]},
+        meshx_node_options:get(Link, [nodelay, keepalive, no_such_option])
+    ),
+    ?assertEqual(
+        {error, {badopts, [{active, true}]}}, meshx_node_options:set(Link, [{active, true}])
+    ),
+    ?assertEqual({error, einval}, meshx_node_options:set(Link, [{no_such_option, 1}])).
+
+garbage_arguments_are_badarg(Config) ->
+    {Link, _} = link_pair(Config),
+    [
+        ?assertError(badarg, apply(meshx_node_nif, Function, Arguments))
+     || {Function, Arguments} <- [
+            {listen, [{127, 0, 0}, 0, #{}]},
+            {listen, [{127, 0, 0, 256}, 0, #{}]},
+            {listen, [{127, 0, 0, 1}, 65536, #{}]},
+            {listen, [{127, 0, 0, 1}, 0, []]},
+            {listen, [{127, 0, 0, 1}, 0, #{backlog => many}]},
+            {connect, [{127, 0, 0, 1}, 1, nowhere, #{}]},
+            {accept, [make_ref(), #{}]},
+            {read, [self()]},
+            {write, [Link, frames]},
+            {setopt, [Link, nodelay, true]},
+            {mesh_info, [Link, 1]},
+            {mesh_stop, [make_ref()]}
+        ]
+    ].
+
+%% ---- support ----
+
+link_pair(Config) ->
+    {ok, Link} = connect(?config(port, Config)),
+    {ok, Peer} = gen_tcp:accept(?config(listener, Config), 5000),
+    ok = meshx_node_nif:framing(Link, distribution),
+    {Link, Peer}.
+
+connect(Port) ->
+    case meshx_node_nif:connect({127, 0, 0, 1}, Port, undefined, #{}) of
+        {wait, Link} ->
+            receive
+                {select, Link, _, ready_output} -> ok
+            end,
+            case meshx_node_nif:connected(Link) of
+                ok -> {ok, Link};
+                Error -> Error
+            end;
+        Other ->
+            Other
+    end.
+
+accept(Listener, wait) ->
+    receive
+        {select, Listener, _, ready_input} -> ok
+    end,
+    accept(Listener, meshx_node_nif:accept(Listener, #{}));
+accept(_Listener, Result) ->
+    Result.
+
+read_frames(_Link, 0) ->
+    [];
+read_frames(Link, Count) when Count > 0 ->
+    {Status, Frames} = meshx_node_nif:read(Link),
+    case Count - length(Frames) of
+        0 ->
+            Frames;
+        Left ->
+            await_input(Link, Status),
+            Frames ++ read_frames(Link, Left)
+    end.
+
+%% Reads until Bytes more have been taken from the socket.
+read_bytes(Link, Bytes) ->
+    {_, _, Before, _, _} = meshx_node_nif:statistics(Link),
+    read_bytes_until(Link, Before + Bytes).
+
+read_bytes_until(Link, Target) ->
+    case meshx_node_nif:statistics(Link) of
+        {_, _, Target, _, _} ->
+            [];
+        _ ->
+            {_, Frames} = meshx_node_nif:read(Link),
+            Frames ++ read_bytes_until(Link, Target)
+    end.
+
+read_to_end(Link) ->
+    case meshx_node_nif:read(Link) of
+        {Status, []} ->
+            await_input(Link, Status),
+            read_to_end(Link);
+        Error ->
+            Error
+    end.
+
+await_input(_Link, more) ->
+    ok;
+await_input(Link, wait) ->
+    receive
+        {select, Link, _, ready_input} -> ok
+    end.
+
+%% Runs Fun in a new process that owns Link; finished/1 waits for its ok.
+in_owner(Link, Fun) ->
+    Self = self(),
+    Pid = spawn_link(fun() ->
+        receive
+            go -> Self ! {finished, self(), Fun()}
+        end,
+        receive
+            stop -> ok
+        end
+    end),
+    ok = meshx_node_nif:controlling_process(Link, Pid),
+    Pid ! go,
+    Pid.
+
+finished(Pid) ->
+    receive
+        {finished, Pid, Result} ->
+            Pid ! stop,
+            ?assertEqual(ok, Result)
+    end.
+
+write_all(_Link, []) ->
+    ok;
+write_all(Link, Frames) ->
+    {Now, Later} = lists:split(min(7, length(Frames)), Frames),
+    ok = written(Link, meshx_node_nif:write(Link, [{byte_size(F), halves(F)} || F <- Now])),
+    write_all(Link, Later).
+
+halves(Binary) ->
+    {First, Second} = split_binary(Binary, byte_size(Binary) div 2),
+    [First, Second].
+
+written(Link, wait) ->
+    receive
+        {select, Link, _, ready_output} -> ok
+    end,
+    written(Link, meshx_node_nif:flush(Link));
+written(Link, more) ->
+    written(Link, meshx_node_nif:flush(Link));
+written(_Link, Result) ->
+    Result.
+
+%% Writes more than the socket takes.
+fill(Link) ->
+    Data = binary:copy(<<0>>, 16 * 1024 * 1024),
+    flush_until_wait(Link, meshx_node_nif:write(Link, [{byte_size(Data) + 3, [Data, <<"end">>]}])).
+
+flush_until_wait(Link, more) ->
+    flush_until_wait(Link, meshx_node_nif:flush(Link));
+flush_until_wait(_Link, Result) ->
+    Result.
+
+send_frames(Peer, Frames) ->
+    spawn_link(fun() ->
+        ok = gen_tcp:send(Peer, [[<<(byte_size(F)):32>>, F] || F <- Frames])
+    end).
+
+slow_read(Peer, Size) ->
+    slow_read(Peer, Size, []).
+
+slow_read(_Peer, 0, Read) ->
+    iolist_to_binary(lists:reverse(Read));
+slow_read(Peer, Left, Read) ->
+    erlang:yield(),
+    {ok, Data} = gen_tcp:recv(Peer, min(Left, 50000), 10000),
+    slow_read(Peer, Left - byte_size(Data), [Data | Read]).
+
+%% Bytes that differ from place to place and from size to size.
+bytes(Size) ->
+    Words = <<<<(erlang:phash2({Size, N})):32>> || N <- lists:seq(1, 250)>>,
+    binary:part(binary:copy(Words, Size div byte_size(Words) + 1), 0, Size).
