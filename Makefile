@@ -68,7 +68,7 @@ $(BUILD)/$(1)/libmeshx_test.a: $$(C_TEST_SUPPORT:test/c/%.c=$(BUILD)/$(1)/test/%
 	$$(Q)$$(AR) rcs $$@ $$(filter %.o,$$^)
 $(BUILD)/$(1)/test/%_test: $(BUILD)/$(1)/test/%_test.o $(BUILD)/$(1)/libmeshx_test.a $(BUILD)/$(1)/libmeshx_core.a
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) -pthread $$(LDFLAGS) $$^ -o $$@ $$(PACKAGE_LIBS) -lcmocka \
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) -pthread $$(LDFLAGS) -Wl,--start-group $$^ -Wl,--end-group -o $$@ $$(PACKAGE_LIBS) -lcmocka \
 		-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup
 endef
 $(foreach v,release asan tsan,$(eval $(call variant,$(v))))

@@ -16,6 +16,9 @@
 %% was started by Node.start/3; what is not done by then goes on in the C thread.
 -define(STOP_TIME, 800).
 
+%% How often it is looked whether boot is over, while lines are held, ms.
+-define(HOLD_TIME, 50).
+
 -record(state, {
     mesh :: undefined | meshx_node_nif:mesh(),
     %% tells this mesh's events from those of one given up before
@@ -26,6 +29,8 @@
     requests = #{} :: #{non_neg_integer() => gen_server:from()},
     %% by the monitor of the controller
     links = #{} :: #{reference() => {node(), meshx_node_nif:socket()}},
+    %% log lines not yet given to logger, newest first
+    held = [] :: [{logger:level(), io:format(), [term()]}],
     next = 1 :: pos_integer()
 }).
 
@@ -139,6 +144,14 @@ handle_info({renew, Tag}, #state{tag = Tag} = S) ->
     meshx_node_nif:mesh_renew(S#state.mesh),
     renew_later(S),
     {noreply, S};
+handle_info(release, S) ->
+    case is_booting() of
+        true ->
+            release_later(),
+            {noreply, S};
+        false ->
+            {noreply, release(S)}
+    end;
 handle_info({'DOWN', Monitor, process, _, _}, #state{links = Links} = S) ->
     {noreply, S#state{links = maps:remove(Monitor, Links)}};
 handle_info(_, S) ->
@@ -156,6 +169,10 @@ await_stopped(Tag, S, Deadline) ->
         {meshx_event, Tag, stopped, Data} ->
             _ = event(stopped, Data, S),
             ok;
+        {meshx_event, Tag, output, {_Stream, Line}} ->
+            %% What a sidecar says while it is being stopped is no news.
+            ?LOG_DEBUG("[~ts][stopping]: ~ts", [maps:get(node, S#state.config), Line]),
+            await_stopped(Tag, S, Deadline);
         {meshx_event, Tag, Type, Data} ->
             await_stopped(Tag, event(Type, Data, S), Deadline)
     after max(0, Deadline - erlang:monotonic_time(millisecond)) ->
@@ -204,28 +221,30 @@ event(ready, _, #state{starter = Starter} = S) ->
     gen_server:reply(Starter, ok),
     S#state{starter = undefined};
 event(failed, Failure, #state{starter = Starter} = S) ->
+    %% At boot net_kernel halts the VM now: there will be no default handler.
+    Released = release(S),
     gen_server:reply(Starter, {error, Failure}),
-    S#state{starter = undefined};
+    Released#state{starter = undefined};
 event(upstream, {Request, {ok, Port}}, S) ->
     answer(Request, {ok, {{127, 0, 0, 1}, Port}}, S);
 event(upstream, {Request, {error, Failure}}, S) ->
     answer(Request, {error, Failure}, S);
 event(info, {Request, Info}, S) ->
     answer(Request, {ok, Info#{links => link_infos(S)}}, S);
-event(output, {Stream, Line}, #state{config = Config} = S) ->
+event(output, {_Stream, <<>>}, S) ->
+    S;
+event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->
     Key =
         case Stream of
             stdout -> sidecar_stdout;
             stderr -> sidecar_stderr
         end,
     case maps:get(Key, Config) of
-        off -> ok;
-        Level -> logger:log(Level, "[~ts][~ts]: ~ts", [maps:get(node, Config), Stream, Line])
-    end,
-    S;
+        off -> S;
+        Level -> log(Level, "[~ts][~ts]: ~ts", [Node, Stream, Line], S)
+    end;
 event(log, {Level, Text}, S) ->
-    logger:log(Level, "meshx_node: ~ts", [Text]),
-    S;
+    log(Level, "meshx_node: ~ts", [Text], S);
 event(stopped, Failure, #state{} = S) ->
     case Failure of
         undefined -> ok;
@@ -255,3 +274,33 @@ answer(Request, Reply, #state{requests = Requests} = S) ->
         error ->
             S
     end.
+
+%% ---- log lines ----
+
+%% At boot the lines wait for logger's default handler: what reaches its simple one before is
+%% printed twice (logger_simple_h replays to the default handler what it has printed).
+log(Level, Format, Arguments, #state{held = []} = S) ->
+    case is_booting() of
+        true ->
+            release_later(),
+            S#state{held = [{Level, Format, Arguments}]};
+        false ->
+            logger:log(Level, Format, Arguments),
+            S
+    end;
+log(Level, Format, Arguments, #state{held = Held} = S) ->
+    S#state{held = [{Level, Format, Arguments} | Held]}.
+
+is_booting() ->
+    element(1, init:get_status()) =:= starting andalso
+        lists:member(simple, logger:get_handler_ids()).
+
+release_later() ->
+    erlang:send_after(?HOLD_TIME, self(), release).
+
+release(#state{held = Held} = S) ->
+    lists:foreach(
+        fun({Level, Format, Arguments}) -> logger:log(Level, Format, Arguments) end,
+        lists:reverse(Held)
+    ),
+    S#state{held = []}.

@@ -527,32 +527,32 @@ static int read_instance(json_t *entry, struct document_instance *out,
 int document_parse_instances(const char *body, size_t size,
                              struct document_instances *out,
                              struct meshx_failure *failure) {
+    struct document_instances found = {0};
     json_t *answer = NULL;
-    *out = (struct document_instances){0};
+    *out = found;
     int result = parse_answer(body, size, &answer, failure);
     if (result != MESHX_OK) {
         return result;
     }
     if (!json_is_array(answer)) {
         result = answer_failure(failure, "the list of instances", "an array", answer);
-        goto done;
     }
     size_t count = json_array_size(answer);
     if (count > 0) {
-        out->items = calloc(count, sizeof *out->items);
-        if (out->items == NULL) {
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
             result = out_of_memory(failure);
-            goto done;
+        } else {
+            found.count = count;
         }
     }
-    out->count = count;
-    for (size_t i = 0; i < count && result == MESHX_OK; i++) {
-        result = read_instance(json_array_get(answer, i), &out->items[i], failure);
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_instance(json_array_get(answer, i), &found.items[i], failure);
     }
-
-done:
-    if (result != MESHX_OK) {
-        document_instances_fini(out);
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_instances_fini(&found);
     }
     json_decref(answer);
     return result;

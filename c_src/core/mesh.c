@@ -354,8 +354,10 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
                     struct meshx_failure *failure) {
     struct meshx_mesh *handle = NULL;
     struct mesh *mesh = calloc(1, sizeof *mesh);
-    int code = mesh != NULL ? mesh_config_init(&mesh->config, config, failure)
-                            : error_set(failure, MESHX_ENOMEM, "out of memory");
+    if (mesh == NULL) {
+        return error_set(failure, MESHX_ENOMEM, "out of memory");
+    }
+    int code = mesh_config_init(&mesh->config, config, failure);
     if (code != MESHX_OK) {
         free(mesh);
         return code;

@@ -21,13 +21,17 @@
 /* ---- the agent ---- */
 
 void mesh_retry_later(struct mesh *mesh) {
-    uint32_t beat = mesh->config.values.ttl / 3;
-    uint32_t max = beat < RETRY_MAX ? beat : RETRY_MAX;
+    uint32_t limit = mesh->config.values.ttl / 3;
     if (mesh->retrying) {
         return;
     }
-    uint32_t delay = mesh->retry_delay > 0 ? mesh->retry_delay * 2 : RETRY_MIN;
-    mesh->retry_delay = delay < max ? delay : max;
+    mesh->retry_delay = mesh->retry_delay > 0 ? mesh->retry_delay * 2 : RETRY_MIN;
+    if (mesh->retry_delay > RETRY_MAX) {
+        mesh->retry_delay = RETRY_MAX;
+    }
+    if (mesh->retry_delay > limit) {
+        mesh->retry_delay = limit;
+    }
     /* Up to a quarter less, so that many nodes do not come back to an agent as one. */
     uint32_t jitter = (uint32_t)(uv_hrtime() % (mesh->retry_delay / 4 + 1));
     mesh->retrying = true;
@@ -54,9 +58,8 @@ void mesh_agent_result(struct mesh *mesh, enum mesh_talk talk,
         }
         if ((mesh->troubles_logged & bit) == 0) {
             mesh->troubles_logged |= bit;
-            mesh_log(mesh, MESHX_LEVEL_WARNING,
-                     "%s: the checks of %s can't be kept up; trying again until they can",
-                     failure->text, mesh->config.values.service_id);
+            mesh_log(mesh, MESHX_LEVEL_WARNING, "%s; trying again%s", failure->text,
+                     mesh->state == MESHX_STATE_STARTING ? " until start_timeout" : "");
         }
         mesh_retry_later(mesh);
     } else if (mesh->troubles_logged != 0 && !any_trouble(mesh)) {

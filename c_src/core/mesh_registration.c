@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 static void on_registered(const struct meshx_failure *failure, void *argument);
+static void settle(struct mesh *mesh, const struct meshx_failure *failure);
 
 /* Writes the desired state as JSON to |*out| (new). */
 static int write_registration(const struct mesh *mesh, char **out,
@@ -74,7 +75,7 @@ void mesh_registration_apply(struct mesh *mesh) {
     }
     free(json);
     if (code != MESHX_OK) {
-        on_registered(&failure, mesh);
+        settle(mesh, &failure); /* nothing was sent */
     }
 }
 
@@ -110,20 +111,24 @@ static void on_applied(struct mesh *mesh) {
     mesh_registration_apply(mesh);
 }
 
-/* Answer of the agent, or |failure| before anything was sent. */
 static void on_registered(const struct meshx_failure *failure, void *argument) {
     struct mesh *mesh = argument;
     struct mesh_registration *registration = &mesh->registration;
-    registration->in_flight = false;
     if (failure == NULL) {
         registration->may_exist = true;
         registration->applied = registration->sent;
         mesh->registrations++;
     } else if (failure->code != MESHX_EAGENT_UNREACHABLE &&
-               failure->code != MESHX_EAGENT_ACL && failure->code != MESHX_ENOMEM &&
-               failure->code != MESHX_ECONFIG) {
+               failure->code != MESHX_EAGENT_ACL && failure->code != MESHX_ECONFIG) {
         registration->may_exist = true; /* it may have done it and not said so */
     }
+    settle(mesh, failure);
+}
+
+/* The registration under way is done or has failed: whose turn is it? */
+static void settle(struct mesh *mesh, const struct meshx_failure *failure) {
+    struct mesh_registration *registration = &mesh->registration;
+    registration->in_flight = false;
     if (mesh->state == MESHX_STATE_STOPPING) {
         mesh_stop_continue(mesh);
     } else if (mesh->state == MESHX_STATE_STARTING) {

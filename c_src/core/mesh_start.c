@@ -50,8 +50,7 @@ static void on_trouble(struct mesh *mesh, const struct meshx_failure *failure) {
         fail_start(mesh, failure);
         return;
     }
-    mesh_note_failure(mesh, failure);
-    mesh_retry_later(mesh);
+    mesh_agent_result(mesh, MESH_TALK_REGISTRATION, failure);
 }
 
 void mesh_start_retry(struct mesh *mesh) {
@@ -367,8 +366,9 @@ static void become_ready(struct mesh *mesh) {
     loop_timer_stop(mesh->deadline);
     loop_timer_stop(mesh->retry);
     mesh->retrying = false;
-    mesh->retry_delay = 0;
     mesh->state = MESHX_STATE_READY;
+    mesh_agent_result(mesh, MESH_TALK_REGISTRATION, NULL);
+    mesh->retry_delay = 0;
     mesh_log(mesh, MESHX_LEVEL_INFO,
              "%s is registered at the agent at %s as service %s, sidecar port %u",
              config->node, mesh->config.endpoint.shown, config->service_name,

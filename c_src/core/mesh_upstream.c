@@ -273,6 +273,9 @@ static void on_instances(const struct meshx_failure *failure,
     struct mesh_request *request = argument;
     if (failure != NULL) {
         request->found = *failure;
+        if (request->mesh->state == MESHX_STATE_READY) {
+            mesh_retry_later(request->mesh); /* see at once how we stand with the agent */
+        }
     } else {
         judge_instances(request, instances);
     }

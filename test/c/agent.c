@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -113,16 +114,23 @@ void agent_remove_directory(char *directory) {
     }
 }
 
-static const char *binary(void) {
+const char *agent_binary(void) {
+    static char absolute[PATH_MAX];
     const char *path = getenv("MESHX_CONSUL");
-    return path != NULL && path[0] != '\0' ? path : "_build/consul/usr/bin/consul";
+    if (path == NULL || path[0] == '\0') {
+        path = "_build/consul/usr/bin/consul";
+    }
+    if (realpath(path, absolute) == NULL) {
+        fail_msg("%s: %s; `make consul` provides it", path, strerror(errno));
+    }
+    return absolute;
 }
 
 /* Consul >= 1.14 opens one more port, which older ones do not know how to close. */
 static bool has_grpc_tls_port(void) {
-    char command[512];
+    char command[PATH_MAX + 64];
     snprintf(command, sizeof command, "'%s' agent -help 2>&1 | grep -q grpc-tls-port",
-             binary());
+             agent_binary());
     return system(command) == 0; // NOLINT(cert-env33-c,concurrency-mt-unsafe)
 }
 
@@ -141,7 +149,7 @@ static void spawn(struct agent *agent) {
     snprintf(serf, sizeof serf, "-serf-lan-port=%u", agent->ports[PORT_SERF]);
     snprintf(data, sizeof data, "-data-dir=%s/data", agent->directory);
     snprintf(log, sizeof log, "%s/log", agent->directory);
-    const char *argv[24] = {binary(),
+    const char *argv[24] = {agent_binary(),
                             "agent",
                             "-node=meshx-test",
                             "-bind=127.0.0.1",
@@ -260,7 +268,7 @@ void agent_start_with(const struct agent_options *options, struct agent **out) {
     }
     show_log(agent);
     agent_stop(agent);
-    fail_msg("%s does not start; is it there? `make consul` provides it", binary());
+    fail_msg("%s does not start; its log is above", agent_binary());
 }
 
 void agent_start(struct agent **out) {

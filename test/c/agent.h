@@ -51,6 +51,9 @@ void agent_stop(struct agent *agent);
 int agent_request(const struct agent *agent, const char *method, const char *path,
                   const char *body, char **answer);
 
+/* The consul program as an absolute path. Borrowed. */
+const char *agent_binary(void);
+
 /* A TCP and UDP port that nothing uses just now at 127.0.0.1. */
 uint16_t agent_free_port(void);
 

@@ -345,7 +345,8 @@ static char *nested(size_t depth, char open, char close) {
     memcpy(text, "{\"a\":", 5);
     memset(text + 5, open, depth);
     memset(text + 5 + depth, close, depth);
-    memcpy(text + 5 + depth * 2, "}", 2);
+    text[5 + depth * 2] = '}';
+    text[6 + depth * 2] = '\0';
     return text;
 }
 

@@ -37,6 +37,8 @@ struct web_server {
     bool gate_open;
     bool stopping;
     uint16_t away_port;
+    int status;
+    const char *body;
 };
 
 static bool send_all(int fd, const char *data, size_t size) {
@@ -163,6 +165,12 @@ static bool answer(struct connection *connection, int nth) {
         return false;
     } else if (strcmp(path, "/fresh") == 0) {
         return nth == 0 && send_hello(fd);
+    } else if (strncmp(path, "/v1/", 4) == 0) {
+        pthread_mutex_lock(&connection->server->lock);
+        int status = connection->server->status;
+        const char *body = connection->server->body;
+        pthread_mutex_unlock(&connection->server->lock);
+        return send_answer(fd, status, "", body);
     } else if (strcmp(path, "/redirect") == 0) {
         return redirect(fd, NULL, 0, "/hello");
     } else if (strcmp(path, "/redirect-loop") == 0) {
@@ -241,6 +249,8 @@ void web_server_start(const char *path, struct web_server **out) {
     assert_int_equal(bind(server->listener, address, size), 0);
     assert_int_equal(listen(server->listener, 64), 0);
     assert_int_equal(getsockname(server->listener, address, &size), 0);
+    server->status = 200;
+    server->body = "";
     server->port = path == NULL ? ntohs(tcp.sin_port) : 0;
     assert_int_equal(pthread_create(&server->thread, NULL, accept_all, server), 0);
     *out = server;
@@ -275,6 +285,13 @@ uint16_t web_server_port(const struct web_server *server) {
 void web_server_lead_away(struct web_server *server, uint16_t port) {
     pthread_mutex_lock(&server->lock);
     server->away_port = port;
+    pthread_mutex_unlock(&server->lock);
+}
+
+void web_server_set_answer(struct web_server *server, int status, const char *body) {
+    pthread_mutex_lock(&server->lock);
+    server->status = status;
+    server->body = body;
     pthread_mutex_unlock(&server->lock);
 }
 

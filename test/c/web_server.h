@@ -10,6 +10,7 @@
  *   /silent           never answers             /gate       "hello" once the gate is open
  *   /hello-and-close  "hello", then closes the idle connection
  *   /fresh            "hello" if it is the connection's first request, else closes it
+ *   /v1/...           what web_server_set_answer() said
  *   /redirect, /redirect-loop, /redirect-away   301 to /hello, itself, another origin
  *
  * Nothing here allocates while requests run, so allocation_fail() can count on the core.
@@ -29,6 +30,8 @@ void web_server_stop(struct web_server *server);
 uint16_t web_server_port(const struct web_server *server);
 /* Where /redirect-away leads: this port of 127.0.0.1. */
 void web_server_lead_away(struct web_server *server, uint16_t port);
+/* |body| is borrowed for the server's life. */
+void web_server_set_answer(struct web_server *server, int status, const char *body);
 void web_server_open_gate(struct web_server *server);
 /* Returns when |count| requests have come in all. */
 void web_server_wait_requests(struct web_server *server, int count);

@@ -84,8 +84,8 @@ newer_arguments() ->
 has_leader(#{process := none}, _) ->
     false;
 has_leader(#{process := Process} = Agent, Deadline) ->
-    case catch request(Agent, "GET", "/v1/catalog/nodes", <<>>) of
-        {200, <<"[{", _/binary>>} ->
+    case catch get(Agent, "/v1/catalog/nodes") of
+        [_ | _] ->
             %% The catalog knows the agent: registrations become visible.
             true;
         _ ->

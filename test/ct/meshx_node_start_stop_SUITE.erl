@@ -1,0 +1,209 @@
+%% A node's start makes it a Consul service with a sidecar; its end, whichever way, leaves
+%% nothing behind.
+-module(meshx_node_start_stop_SUITE).
+
+-compile([export_all, nowarn_export_all]).
+
+-include_lib("stdlib/include/assert.hrl").
+
+all() ->
+    [
+        net_kernel_start_1,
+        net_kernel_start_2,
+        boot_with_sname,
+        boot_with_name,
+        name_of_the_elixir_package,
+        service_name_as_dns_label,
+        sidecar_output_is_logged,
+        sidecar_output_can_be_switched_off,
+        info_tells_all,
+        net_kernel_stop_leaves_nothing,
+        starts_again_in_the_same_vm,
+        init_stop_leaves_nothing,
+        sigterm_leaves_nothing,
+        sigkill_leaves_no_process_and_the_name_starts_again,
+        nothing_is_left
+    ].
+
+init_per_suite(Config) -> meshx_ct:init_suite(Config).
+end_per_suite(Config) -> meshx_ct:end_suite(Config).
+end_per_testcase(_, Config) -> meshx_ct:end_case(Config).
+
+nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
+
+%%% Starts
+
+net_kernel_start_1(Config) ->
+    Vm = meshx_ct:vm(Config, #{}),
+    {ok, _} = meshx_ct:call(Vm, net_kernel, start, [[started, shortnames]]),
+    Node = Vm#{node := meshx_ct:node_name(started)},
+    meshx_ct:watch(Node),
+    ?assertEqual(meshx_ct:node_name(started), meshx_ct:call(Vm, erlang, node, [])),
+    is_service(Node).
+
+%% As Elixir's Node.start/3 does since 1.13.
+net_kernel_start_2(Config) ->
+    Vm = meshx_ct:vm(Config, #{}),
+    {ok, _} = meshx_ct:call(Vm, net_kernel, start, [
+        'started@127.0.0.1', #{name_domain => longnames, hidden => false}
+    ]),
+    meshx_ct:watch(Vm),
+    is_service(Vm#{node := 'started@127.0.0.1'}).
+
+boot_with_sname(Config) ->
+    Node = meshx_ct:start(Config, booted, #{}),
+    ?assertEqual(meshx_ct:node_name(booted), meshx_ct:call(Node, erlang, node, [])),
+    is_service(Node).
+
+boot_with_name(Config) ->
+    Node = meshx_ct:start(Config, 'booted@127.0.0.1', #{longnames => true}),
+    ?assertEqual('booted@127.0.0.1', meshx_ct:call(Node, erlang, node, [])),
+    is_service(Node).
+
+name_of_the_elixir_package(Config) ->
+    Vm = meshx_ct:vm(Config, #{carrier => "Elixir.MeshxNode"}),
+    Dynamic = meshx_ct:net_start(Vm, dynamic),
+    Booted = meshx_ct:start(Config, booted, #{carrier => "Elixir.MeshxNode"}),
+    is_service(Dynamic),
+    is_service(Booted),
+    true = meshx_ct:connect(Dynamic, Booted).
+
+service_name_as_dns_label(Config) ->
+    Options = #{env => [{"MESHX_SERVICE_NAME", "dns"}]},
+    [One, Two] = [meshx_ct:start(Config, Name, Options) || Name <- [one, two]],
+    #{<<"ID">> := Id, <<"Service">> := Name, <<"Meta">> := Meta} = meshx_ct:service(One),
+    ?assertEqual(atom_to_binary(maps:get(node, One)), Id),
+    ?assertMatch({match, _}, re:run(Name, "^one-at-[a-z0-9-]*[0-9a-f]{10}$")),
+    ?assertMatch(#{<<"node">> := Id}, Meta),
+    passes(One, Name),
+    true = meshx_ct:connect(One, Two).
+
+%% What the agent has of a node is what DESIGN.md says, and peers can find it.
+is_service(#{node := Node, agent := Agent} = TestNode) ->
+    Name = atom_to_binary(Node),
+    Sidecar = <<Name/binary, "-sidecar-proxy">>,
+    #{Name := Service, Sidecar := Proxy} = meshx_ct_agent:services(Agent),
+    ?assertMatch(#{<<"ID">> := Name, <<"Service">> := Name, <<"Meta">> := #{<<"node">> := Name}}, Service),
+    ?assertMatch(#{<<"Kind">> := <<"connect-proxy">>}, Proxy),
+    ?assertMatch(#{<<"Proxy">> := #{<<"DestinationServiceID">> := Name}}, Proxy),
+    ?assert(meshx_ct_proc:is_alive(meshx_ct:sidecar(TestNode))),
+    passes(TestNode, Name).
+
+passes(#{node := Node, agent := Agent}, Name) ->
+    Sidecar = <<(atom_to_binary(Node))/binary, "-sidecar-proxy">>,
+    Passes = fun() -> [Sidecar] =:= meshx_ct_agent:healthy(Agent, Name) end,
+    meshx_ct:wait("a passing sidecar", Passes, 1000).
+
+%%% Output and information
+
+sidecar_output_is_logged(Config) ->
+    #{node := Name} = Booted = meshx_ct:start(Config, booted, #{}),
+    Dynamic = meshx_ct:net_start(meshx_ct:vm(Config, #{}), dynamic),
+    Line = fun(Node) -> ["^notice: \\[", Node, "\\]\\[stdout\\]: ==> Consul Connect proxy starting"] end,
+    [
+        meshx_ct:wait("the proxy's first line", fun() ->
+            meshx_ct:has_line(Node, 0, Line(atom_to_list(maps:get(node, Node))))
+        end)
+     || Node <- [Booted, Dynamic]
+    ],
+    ?assertNot(meshx_ct:has_line(Dynamic, 0, Line(atom_to_list(Name)))).
+
+sidecar_output_can_be_switched_off(Config) ->
+    Node = meshx_ct:start(Config, booted, #{env => [{"MESHX_SIDECAR_STDOUT", "off"}]}),
+    ?assertNot(meshx_ct:has_line(Node, 0, "stdout")),
+    Debug = meshx_ct:start(Config, debugged, #{env => [{"MESHX_SIDECAR_STDOUT", "error"}]}),
+    meshx_ct:wait("a line as an error", fun() ->
+        meshx_ct:has_line(Debug, 0, "^error: .*\\[stdout\\]: ")
+    end).
+
+info_tells_all(Config) ->
+    Vm = meshx_ct:vm(Config, #{}),
+    ?assertMatch({error, {stopped, _}}, meshx_ct:call(Vm, meshx_node, info, [])),
+    #{node := Node, agent := #{http := Http}} = Started = meshx_ct:net_start(Vm, informed),
+    Name = atom_to_binary(Node),
+    {ok, Info} = meshx_ct:call(Started, meshx_node, info, []),
+    ?assertMatch(
+        #{
+            state := ready,
+            service_id := Name,
+            service_name := Name,
+            sidecar_accepts := true,
+            registered := true,
+            sidecar_starts := 1,
+            registrations := 1,
+            repairs := 0,
+            request_failures := 0,
+            upstreams := [],
+            last_failure := undefined
+        },
+        Info
+    ),
+    #{agent := Agent, listen_port := Listen, sidecar_port := Sidecar} = Info,
+    ?assertMatch({_, _}, binary:match(Agent, integer_to_binary(Http))),
+    Proxy = <<Name/binary, "-sidecar-proxy">>,
+    #{Name := #{<<"Port">> := Listen}, Proxy := #{<<"Port">> := Sidecar}} =
+        meshx_ct_agent:services(maps:get(agent, Started)),
+    ?assertEqual({ok, ready}, meshx_ct:call(Started, meshx_node, info, [state])),
+    ?assertEqual({error, unknown_key}, meshx_ct:call(Started, meshx_node, info, [nonsense])).
+
+%%% Ends
+
+net_kernel_stop_leaves_nothing(Config) ->
+    Node = meshx_ct:net_start(meshx_ct:vm(Config, #{}), stopped),
+    net_kernel_stop(Node).
+
+starts_again_in_the_same_vm(Config) ->
+    Vm = meshx_ct:vm(Config, #{}),
+    Other = meshx_ct:start(Config, other, #{}),
+    [
+        begin
+            Node = meshx_ct:net_start(Vm, Name),
+            is_service(Node),
+            ?assert(meshx_ct:connect(Node, Other)),
+            net_kernel_stop(Node)
+        end
+     || Name <- [again, again, again, again, other_name]
+    ].
+
+net_kernel_stop(#{agent := Agent, node := Name} = Node) ->
+    [_, _ | _] = Processes = meshx_ct:watch(Node),
+    ok = meshx_ct:call(Node, net_kernel, stop, []),
+    ?assertNot(maps:is_key(atom_to_binary(Name), meshx_ct_agent:services(Agent))),
+    ?assertEqual([], [Process || Process <- Processes, meshx_ct_proc:is_alive(Process)]),
+    ?assertEqual(nonode@nohost, meshx_ct:call(Node, erlang, node, [])).
+
+init_stop_leaves_nothing(Config) ->
+    ends_without_rest(Config, fun meshx_ct:stop/1).
+
+sigterm_leaves_nothing(Config) ->
+    ends_without_rest(Config, fun(Node) -> meshx_ct:signal(Node, "TERM") end).
+
+%% For a node started at boot and for one started later: nothing is left when the VM has gone.
+ends_without_rest(Config, Stop) ->
+    Booted = meshx_ct:start(Config, booted, #{}),
+    Dynamic = meshx_ct:net_start(meshx_ct:vm(Config, #{}), dynamic),
+    [
+        begin
+            [_, _ | _] = Processes = meshx_ct:watch(Node),
+            Stop(Node),
+            ?assertEqual(none, meshx_ct:service(Node)),
+            ?assertEqual([], [Process || Process <- Processes, meshx_ct_proc:is_alive(Process)])
+        end
+     || Node <- [Booted, Dynamic]
+    ].
+
+sigkill_leaves_no_process_and_the_name_starts_again(Config) ->
+    Killed = meshx_ct:start(Config, killed, #{}),
+    [_, _ | _] = Processes = meshx_ct:watch(Killed),
+    ?assertEqual(
+        [<<"consul">>, <<"meshx_guard">>],
+        lists:usort([meshx_ct_proc:program(Process) || Process <- Processes])
+    ),
+    meshx_ct:kill(Killed),
+    Gone = fun() -> not lists:any(fun meshx_ct_proc:is_alive/1, Processes) end,
+    meshx_ct:wait("the end of guard and sidecar", Gone, 2000),
+    ?assertNotEqual(none, meshx_ct:service(Killed)),
+    Next = meshx_ct:start(Config, killed, #{}),
+    is_service(Next),
+    Other = meshx_ct:start(Config, other, #{}),
+    ?assert(meshx_ct:connect(Other, Next)).
