@@ -137,11 +137,11 @@ enum meshx_event_type {
                          */
     MESHX_EVENT_UPSTREAM, /* answer to meshx_mesh_upstream(): |request|, |failure| or
                              |port| */
-    MESHX_EVENT_INFO,     /* answer to meshx_mesh_info(): |request|, |info| */
-    MESHX_EVENT_OUTPUT,   /* a line the sidecar wrote: |stream|, |text| */
-    MESHX_EVENT_LOG,      /* something a person should know: |level|, |text| */
-    MESHX_EVENT_STOPPED,  /* deregistered (or |failure| says why not), sidecar gone.
-                             The last event of a node service. */
+    MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */
+    MESHX_EVENT_OUTPUT,  /* a line the sidecar wrote: |stream|, |text| */
+    MESHX_EVENT_LOG,     /* something a person should know: |level|, |text| */
+    MESHX_EVENT_STOPPED, /* deregistered (or |failure| says why not), sidecar gone.
+                            The last event of a node service. */
 };
 
 enum meshx_stream { MESHX_STDOUT = 1, MESHX_STDERR = 2 };

@@ -229,8 +229,10 @@ event(upstream, {Request, {ok, Port}}, S) ->
     answer(Request, {ok, {{127, 0, 0, 1}, Port}}, S);
 event(upstream, {Request, {error, Failure}}, S) ->
     answer(Request, {error, Failure}, S);
-event(info, {Request, Info}, S) ->
+event(info, {Request, {ok, Info}}, S) ->
     answer(Request, {ok, Info#{links => link_infos(S)}}, S);
+event(info, {Request, {error, Failure}}, S) ->
+    answer(Request, {error, Failure}, S);
 event(output, {_Stream, <<>>}, S) ->
     S;
 event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->

@@ -37,14 +37,14 @@ describe(variables) -> "list of {Name,Value}, map, JSON object, or text NAME=val
 
 %% @doc The value in our form; a plain `error' means that it isn't what describe/1 says.
 -spec check(type(), term()) -> {ok, term()} | error | {error, unicode:chardata()}.
+check({consul, _}, "") ->
+    {ok, <<>>};
 check({consul, boolean}, Value) ->
     case check(boolean, Value) of
         {ok, Boolean} -> {ok, atom_to_binary(Boolean)};
         %% More spellings than ours are official; endpoint.c judges them.
         error -> text(Value)
     end;
-check({consul, _}, "") ->
-    {ok, <<>>};
 check({consul, _}, Value) ->
     text(Value);
 check({milliseconds, Min, Max}, Value) ->

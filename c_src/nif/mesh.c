@@ -149,11 +149,13 @@ static ERL_NIF_TERM make_level(enum meshx_level level) {
     return am_error;
 }
 
-static ERL_NIF_TERM make_upstream(ErlNifEnv *env, const struct meshx_event *event) {
+/* {Request, {ok, Value} | {error, {Code, Text}}}; |value| is used for success only. */
+static ERL_NIF_TERM make_answer(ErlNifEnv *env, const struct meshx_event *event,
+                                ERL_NIF_TERM value) {
     ERL_NIF_TERM result =
         event->failure != NULL
             ? enif_make_tuple2(env, am_error, terms_failure(env, event->failure))
-            : enif_make_tuple2(env, am_ok, enif_make_uint(env, event->port));
+            : enif_make_tuple2(env, am_ok, value);
 
     return enif_make_tuple2(env, enif_make_uint64(env, event->request), result);
 }
@@ -179,12 +181,12 @@ static void on_event(const struct meshx_event *event, void *context) {
         break;
     case MESHX_EVENT_UPSTREAM:
         type = am_upstream;
-        data = make_upstream(env, event);
+        data = make_answer(env, event, enif_make_uint(env, event->port));
         break;
     case MESHX_EVENT_INFO:
         type = am_info;
-        data = enif_make_tuple2(env, enif_make_uint64(env, event->request),
-                                make_info(env, event->info));
+        data = make_answer(
+            env, event, event->info != NULL ? make_info(env, event->info) : am_undefined);
         break;
     case MESHX_EVENT_OUTPUT:
         type = am_output;

@@ -7,7 +7,7 @@
  *   ready     []
  *   failed    {Code, Text}                                  start failed, undone
  *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
- *   info      {Request, Map}
+ *   info      {Request, {ok, Map} | {error, {Code, Text}}}
  *   output    {stdout | stderr, Line}
  *   log       {info | notice | warning | error, Text}
  *   stopped   undefined | {Code, Text}                      the last one

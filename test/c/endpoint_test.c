@@ -386,6 +386,8 @@ static void files_must_be_readable(void **state) {
     }
     write_file("file", "x", 1);
     refuse(SETTINGS({"CONSUL_CAPATH", path_of("file")}), "Not a directory");
+    /* It opens, but nothing is mapped at its beginning. */
+    refuse(SETTINGS({"CONSUL_HTTP_TOKEN_FILE", "/proc/self/mem"}), "Input/output error");
 }
 
 static void tls_files(void **state) {

@@ -265,6 +265,31 @@ static void failures_leave_nothing_open(void **state) {
     close(listener);
 }
 
+/* A connection that can't get its options is closed, not handed out half prepared. */
+static void accept_with_wrong_option(void **state) {
+    (void)state;
+    if (!has_ipv6()) {
+        skip();
+    }
+    struct sock_address bound;
+    struct sock_options wrong = SOCK_OPTIONS_DEFAULT;
+    int fd = -1;
+    char byte;
+    wrong.tos = 256;
+    int listener = listen_at("::1", &bound);
+    int client = connect_to(&bound, &defaults);
+    assert_int_equal(send(client, "x", 1, MSG_NOSIGNAL), 1);
+    wait_for(listener, POLLIN);
+    int before = next_fd();
+    assert_int_equal(sock_accept(listener, &wrong, &fd, NULL), -EINVAL);
+    assert_int_equal(fd, -1);
+    assert_int_equal(next_fd(), before);
+    wait_for(client, POLLIN);
+    assert_true(recv(client, &byte, 1, 0) <= 0);
+    close(client);
+    close(listener);
+}
+
 static void connect_refused(void **state) {
     (void)state;
     struct sock_address bound;
@@ -475,6 +500,7 @@ int main(void) {
         cmocka_unit_test(options_are_set),
         cmocka_unit_test(ipv6_options_are_set),
         cmocka_unit_test(failures_leave_nothing_open),
+        cmocka_unit_test(accept_with_wrong_option),
         cmocka_unit_test(connect_refused),
         cmocka_unit_test(connect_in_progress),
         cmocka_unit_test(connect_from_given_address),

@@ -170,6 +170,10 @@ static bool answer(struct connection *connection, int nth) {
         int status = connection->server->status;
         const char *body = connection->server->body;
         pthread_mutex_unlock(&connection->server->lock);
+        if (status == 0) {
+            wait_client_gone(fd);
+            return false;
+        }
         return send_answer(fd, status, "", body);
     } else if (strcmp(path, "/redirect") == 0) {
         return redirect(fd, NULL, 0, "/hello");

@@ -30,7 +30,7 @@ void web_server_stop(struct web_server *server);
 uint16_t web_server_port(const struct web_server *server);
 /* Where /redirect-away leads: this port of 127.0.0.1. */
 void web_server_lead_away(struct web_server *server, uint16_t port);
-/* |body| is borrowed for the server's life. */
+/* |body| is borrowed for the server's life. Status 0: never answers. */
 void web_server_set_answer(struct web_server *server, int status, const char *body);
 void web_server_open_gate(struct web_server *server);
 /* Returns when |count| requests have come in all. */

@@ -349,7 +349,8 @@ consul_settings(_) ->
         {consul_http_addr, "10.0.0.1:8500"},
         {consul_http_ssl, true},
         {consul_http_ssl_verify, <<"f">>},
-        {consul_tls_server_name, ""}
+        {consul_tls_server_name, ""},
+        {consul_cacert, <<>>}
     ]),
     Loaded = load(),
     ?assertEqual(
@@ -378,7 +379,12 @@ token_of_higher_rank_than_file(_) ->
     os:unsetenv("CONSUL_HTTP_TOKEN"),
     os:putenv("CONSUL_HTTP_TOKEN_FILE", "/f"),
     set([{consul_http_token, "t"}]),
-    ?assertEqual(Both, maps:get(consul, load())).
+    ?assertEqual(Both, maps:get(consul, load())),
+    {ok, FromFlag} = load_in_peer(
+        ["-meshx_node", "consul_http_token", "\"t\""], [{"CONSUL_HTTP_TOKEN_FILE", "/f"}], []
+    ),
+    ?assertEqual([{<<"CONSUL_HTTP_TOKEN">>, <<"t">>}], maps:get(consul, FromFlag)),
+    ?assertNot(lists:member(<<"CONSUL_HTTP_TOKEN_FILE=/f">>, maps:get(sidecar_environment, FromFlag))).
 
 %%% Names
 
