@@ -6,7 +6,8 @@
 %% os:find_executable/2. Pure functions but for reading files and the OS environment.
 -module(meshx_node_command).
 
--export([words/1, fill/2, find_program/2, absolute/1, read_file/1, environment/2, native/1]).
+-export([words/1, fill/2, find_program/2, absolute/1, read_file/1]).
+-export([environment/2, is_harmless/1, native/1]).
 -export_type([variables/0]).
 
 -include_lib("kernel/include/file.hrl").
@@ -155,9 +156,13 @@ environment(Consul, Extra) ->
      || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false
     ].
 
-is_passed_on("LC_" ++ _) -> true;
 is_passed_on("CONSUL_" ++ _) -> true;
-is_passed_on(Name) ->
+is_passed_on(Name) -> is_harmless(Name).
+
+%% @doc Whether a variable has a use for any program and no secret.
+-spec is_harmless(string()) -> boolean().
+is_harmless("LC_" ++ _) -> true;
+is_harmless(Name) ->
     lists:member(Name, ["PATH", "HOME", "LANG", "TMPDIR", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR"]).
 
 %% @doc The bytes of a text from the OS (environment, command line) as they were.

@@ -58,7 +58,7 @@
     [{atom(), meshx_node_type:type(), Default :: term(), Example :: string(), Meaning :: string()}].
 keys() ->
     [
-        {consul_http_addr, {consul, text}, undefined, "'\"https://consul.example:8501\"'",
+        {consul_http_addr, {consul, address}, undefined, "'\"https://consul.example:8501\"'",
             "The Consul agent: host:port, http://, https:// or unix:///path. "
             "Unset: 127.0.0.1:8500."},
         {consul_http_token, {consul, secret}, undefined, "'\"...\"'",
@@ -190,7 +190,7 @@ row({Key, Type, Default, Example, Meaning}) ->
     Shown =
         case Default of
             undefined -> "unset";
-            [] -> "none";
+            [] -> "empty";
             [First | _] when is_list(First) -> ["`", lists:join(" ", Default), "`"];
             _ -> io_lib:format("`~0p`", [Default])
         end,
@@ -213,19 +213,27 @@ settings() ->
     Application = application(),
     maps:from_list([{element(1, Entry), setting(Entry, Flags, Application)} || Entry <- keys()]).
 
-setting({Key, Type, Default, _, _}, Flags, Application) ->
+setting({Key, Type, Default, _, Meaning}, Flags, Application) ->
     Origins = [
         fun() -> maps:get(Key, Flags, unset) end,
         fun() -> environment(variable(Key, Type)) end,
         fun() -> maps:get(Key, Application, unset) end
     ],
-    {Origin, Given} = first(Origins, Default),
-    case Given =:= undefined orelse meshx_node_type:check(Type, Given) of
-        true -> {Origin, undefined};
-        {ok, Value} -> {Origin, Value};
-        error -> fail(Origin, Key, ["must be ", meshx_node_type:describe(Type)]);
-        {error, Reason} -> fail(Origin, Key, Reason)
+    case first(Origins, Default) of
+        {Origin, undefined} -> {Origin, undefined};
+        {Origin, Given} ->
+            case meshx_node_type:check(Type, Given) of
+                {ok, Value} -> {Origin, Value};
+                error -> fail(Origin, Key, [must_be(Type), why(Type, Meaning)]);
+                {error, Reason} -> fail(Origin, Key, Reason)
+            end
     end.
+
+must_be(Type) -> ["must be ", meshx_node_type:describe(Type)].
+
+%% The reason for a limit stands in the meaning.
+why({milliseconds, _, _}, Meaning) -> [". ", Meaning];
+why(_, _) -> "".
 
 first([Origin | Origins], Default) ->
     case Origin() of
@@ -301,7 +309,6 @@ application() ->
     maps:from_list([
         {Key, {{application, Value}, Value}}
      || {Key, Value} <- application:get_all_env(meshx_node),
-        Key =/= included_applications,
         lists:member(Key, Known) orelse
             unknown("application environment of meshx_node, ", atom_to_binary(Key)),
         %% What System.get_env/1 returns in a runtime.exs.
@@ -482,7 +489,7 @@ shown(Key, Between, Value) ->
     {Key, Type, _, _, _} = lists:keyfind(Key, 1, keys()),
     case meshx_node_type:may_hold_secret(Type) of
         true -> "";
-        false -> [Between, redact_address(printable(Value))]
+        false -> [Between, printable(Value)]
     end.
 
 printable(Text) ->
@@ -491,29 +498,19 @@ printable(Text) ->
         _ -> io_lib:format("~0tP", [Text, 20])
     end.
 
-%% A user and password before the host of an address.
-redact_address(Text) ->
-    re:replace(Text, "[^/\"]*@", [?HIDDEN, "@"], [unicode, {return, binary}]).
-
+%% A user and password may stand before the host of an address.
 redact_variable(<<"CONSUL_HTTP_ADDR">>, Value) ->
-    redact_address(Value);
+    re:replace(Value, "^([a-z]+://)?.*@", ["\\1", ?HIDDEN, "@"], [{return, binary}]);
 redact_variable(Name, Value) ->
-    Harmless =
-        is_binary(Value) andalso
-            (lists:member(Name, harmless_variables()) orelse
-                binary:longest_common_prefix([Name, <<"LC_">>]) =:= 3),
-    case Harmless of
+    Shown = [
+        variable(Key, Type)
+     || {Key, {consul, Kind} = Type, _, _, _} <- keys(), Kind =/= secret
+    ],
+    Text = binary_to_list(Name),
+    case meshx_node_command:is_harmless(Text) orelse lists:member(Text, Shown) of
         true -> Value;
         false -> ?HIDDEN
     end.
-
-harmless_variables() ->
-    [<<"PATH">>, <<"HOME">>, <<"LANG">>, <<"TMPDIR">>, <<"TZ">>, <<"SSL_CERT_FILE">>] ++
-        [<<"SSL_CERT_DIR">>] ++
-        [
-            list_to_binary(variable(Key, Type))
-         || {Key, {consul, Kind} = Type, _, _, _} <- keys(), Kind =/= secret
-        ].
 
 redact_assignment(Assignment) ->
     [Name, Value] = binary:split(Assignment, <<"=">>),

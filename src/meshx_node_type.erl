@@ -10,7 +10,7 @@
 -export_type([type/0]).
 
 -type type() ::
-    {consul, text | secret | boolean}
+    {consul, text | address | secret | boolean}
     | {milliseconds, Min :: non_neg_integer(), Max :: pos_integer()}
     | boolean
     | ports
@@ -102,10 +102,10 @@ check(command, Value) ->
 check(variables, Value) ->
     check_variables(Value).
 
-%% @doc Whether values of a type must not be shown: a command may hold a token, a template the
-%% service's.
+%% @doc Whether values of a type must not be shown: an address may hold a password, a command
+%% or template a token.
 -spec may_hold_secret(type()) -> boolean().
-may_hold_secret({consul, secret}) -> true;
+may_hold_secret({consul, Kind}) -> Kind =:= secret orelse Kind =:= address;
 may_hold_secret(Type) -> lists:member(Type, [template, command, variables]).
 
 check_address(Address) ->

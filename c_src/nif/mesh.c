@@ -9,6 +9,7 @@
 #include <string.h>
 
 static ErlNifResourceType *mesh_type;
+static char lock_name[] = "meshx_mesh"; /* the NIF API takes no const name */
 
 struct mesh {
     ErlNifMutex *lock;
@@ -454,7 +455,7 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     mesh = enif_alloc_resource(mesh_type, sizeof *mesh);
     if (mesh != NULL) {
         memset(mesh, 0, sizeof *mesh);
-        mesh->lock = enif_mutex_create("meshx_mesh");
+        mesh->lock = enif_mutex_create(lock_name);
     }
     if (subscriber == NULL || mesh == NULL || mesh->lock == NULL) {
         goto fail;

@@ -11,6 +11,8 @@
 #include <unistd.h>
 
 static ErlNifResourceType *socket_type;
+static char read_lock_name[] = "meshx_socket_read"; /* the NIF API takes no const name */
+static char write_lock_name[] = "meshx_socket_write";
 
 /* ---- life ---- */
 
@@ -90,8 +92,8 @@ static ERL_NIF_TERM socket_new(ErlNifEnv *env, int fd) {
     memset(socket, 0, sizeof *socket);
     socket->fd = fd;
     socket->header = FRAME_HANDSHAKE;
-    socket->read = enif_mutex_create("meshx_socket_read");
-    socket->write = enif_mutex_create("meshx_socket_write");
+    socket->read = enif_mutex_create(read_lock_name);
+    socket->write = enif_mutex_create(write_lock_name);
     enif_self(env, &socket->owner);
     if (socket->read != NULL && socket->write != NULL &&
         enif_monitor_process(env, socket, &socket->owner, &socket->monitor) == 0) {

@@ -428,12 +428,12 @@ static void nobody_there_is_a_failure(void **state) {
 static char *make_certificates(void) {
     char command[1024];
     char *directory = agent_make_directory();
-    snprintf(
-        command, sizeof command,
-        "cd '%s' && mkdir authorities && for what in 'ca create' 'cert create -server' "
-        "'cert create -client'; do '%s' tls $what >log 2>&1 || exit 1; done && "
-        "cp consul-agent-ca.pem authorities/",
-        directory, agent_binary());
+    snprintf(command, sizeof command,
+             "cd '%s' && mkdir authorities nothing && for what in 'ca create' 'cert "
+             "create -server' "
+             "'cert create -client'; do '%s' tls $what >log 2>&1 || exit 1; done && "
+             "cp consul-agent-ca.pem authorities/",
+             directory, agent_binary());
     assert_int_equal(system(command), 0); // NOLINT(cert-env33-c)
     return directory;
 }
@@ -495,12 +495,14 @@ static void tls_verifies_the_agent(void **state) {
     char address[64];
     char ca_file[256];
     char ca_path[256];
+    char nothing[256];
     char https[80];
     struct agent *agent;
     char *directory = make_certificates();
     start_tls_agent(directory, false, address, sizeof address, &agent);
     snprintf(ca_file, sizeof ca_file, "%s/consul-agent-ca.pem", directory);
     snprintf(ca_path, sizeof ca_path, "%s/authorities", directory);
+    snprintf(nothing, sizeof nothing, "%s/nothing", directory);
     snprintf(https, sizeof https, "https://%s", address);
     const struct meshx_setting ssl = {"CONSUL_HTTP_SSL", "true"};
     const struct meshx_setting ca = {"CONSUL_CACERT", ca_file};
@@ -515,7 +517,7 @@ static void tls_verifies_the_agent(void **state) {
     assert_tls_fails(https, SETTINGS(ssl)); /* no authority that knows it */
     assert_tls_fails(https, SETTINGS(ca, {"CONSUL_TLS_SERVER_NAME", "other.dc1.consul"}));
     assert_tls_fails(https, SETTINGS({"CONSUL_CACERT", "/etc/hostname"}));
-    assert_tls_fails(https, SETTINGS({"CONSUL_CAPATH", "/proc/self/fdinfo"}));
+    assert_tls_fails(https, SETTINGS({"CONSUL_CAPATH", nothing}));
 
     /* The wrong kind of port, both ways. */
     assert_tls_fails(agent_address(agent), SETTINGS(ssl, ca));

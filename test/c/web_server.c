@@ -19,7 +19,9 @@ struct connection {
     struct web_server *server;
     pthread_t thread;
     int socket;
-    bool open; /* guarded by the server's lock */
+    bool open;  /* guarded by the server's lock */
+    int status; /* of the answer to this request, chosen when it was counted */
+    const char *body;
     char request[MAX_REQUEST];
 };
 
@@ -166,15 +168,11 @@ static bool answer(struct connection *connection, int nth) {
     } else if (strcmp(path, "/fresh") == 0) {
         return nth == 0 && send_hello(fd);
     } else if (strncmp(path, "/v1/", 4) == 0) {
-        pthread_mutex_lock(&connection->server->lock);
-        int status = connection->server->status;
-        const char *body = connection->server->body;
-        pthread_mutex_unlock(&connection->server->lock);
-        if (status == 0) {
+        if (connection->status == 0) {
             wait_client_gone(fd);
             return false;
         }
-        return send_answer(fd, status, "", body);
+        return send_answer(fd, connection->status, "", connection->body);
     } else if (strcmp(path, "/redirect") == 0) {
         return redirect(fd, NULL, 0, "/hello");
     } else if (strcmp(path, "/redirect-loop") == 0) {
@@ -195,6 +193,8 @@ static void *serve(void *argument) {
     for (int nth = 0; stays_open && read_request(connection); nth++) {
         pthread_mutex_lock(&server->lock);
         server->requests++;
+        connection->status = server->status;
+        connection->body = server->body;
         pthread_cond_broadcast(&server->changed);
         pthread_mutex_unlock(&server->lock);
         stays_open = answer(connection, nth);

@@ -45,6 +45,7 @@ start(#{directory := Directory} = Options, Tries) ->
         "-client=127.0.0.1",
         "-dns-port=-1",
         "-serf-wan-port=-1",
+        "-log-level=info",
         lists:concat(["-http-port=", Http]),
         lists:concat(["-grpc-port=", Grpc]),
         lists:concat(["-server-port=", Server]),
@@ -73,7 +74,7 @@ start(#{directory := Directory} = Options, Tries) ->
         false ->
             stop(Agent),
             {ok, Text} = file:read_file(Log),
-            error({agent_does_not_start, Text})
+            error({agent_does_not_start, binary:part(Text, byte_size(Text), -min(2000, byte_size(Text)))})
     end.
 
 %% Consul >= 1.14 opens one more port, which older ones do not know how to close.

@@ -167,9 +167,10 @@ flags_that_fail(_) ->
         {["ttl", "5"], ["command line flag -meshx_node ttl 5: must be milliseconds, 1000 to"]},
         {["tll", "5000"], ["command line flag -meshx_node tll: ", "did you mean ttl?"]},
         {["consul_http_addr", "127.0.0.1:8500"], [
-            "-meshx_node consul_http_addr 127.0.0.1:8500: is not an Erlang term",
+            "-meshx_node consul_http_addr: is not an Erlang term",
             "CONSUL_HTTP_ADDR takes plain text"
         ]},
+        {["ttl", "5s"], ["-meshx_node ttl 5s: is not an Erlang term", "MESHX_TTL takes plain text"]},
         {["ttl", "5000", "ttl", "6000"], ["ttl: is given twice"]}
     ],
     [
@@ -269,6 +270,8 @@ values_that_are_refused(_) ->
 errors_name_the_source(_) ->
     set([{ttl, 17}]),
     contains(failure(), ["application environment of meshx_node, ttl = 17: must be milliseconds"]),
+    set([{request_timeout, 9999}]),
+    contains(failure(), ["request_timeout = 9999: must be milliseconds, 10000 to", "no leader takes about 7 s"]),
     os:putenv("MESHX_TTL", "18"),
     contains(failure(), ["environment variable MESHX_TTL=18: must be milliseconds"]),
     os:putenv("PATH", "/nowhere"),
@@ -308,7 +311,7 @@ secrets_in_no_error(_) ->
 secrets_in_no_redacted_config(_) ->
     os:putenv("CONSUL_GRPC_SECRET", "tops3cret"),
     set([
-        {consul_http_addr, "https://me:tops3cret@host:1"},
+        {consul_http_addr, "https://me:tops3cret/x@host:1"},
         {consul_http_token, "tops3cret"},
         {consul_http_auth, "me:tops3cret"},
         {consul_cacert, "/ca.pem"},
