@@ -64,6 +64,9 @@ listen(Name) ->
         {ok, {meshx_node_nif:socket(), #net_address{}, erlang:creation()}} | {error, term()}.
 listen(Name, Host) ->
     Node = list_to_atom(atom_to_list(Name) ++ "@" ++ Host),
+    maybe_listen(Node, Host, meshx_node_nif:load()).
+
+maybe_listen(Node, Host, ok) ->
     case meshx_node_options:listen() of
         {ok, Listener} ->
             {ok, {Ip, Port} = Address} = meshx_node_nif:address(Listener, local),
@@ -74,9 +77,11 @@ listen(Name, Host) ->
                     meshx_node_nif:close(Listener),
                     start_failed(Node, Failure)
             end;
-        {error, Reason, Text} ->
-            start_failed(Node, {Reason, Text})
-    end.
+        {error, Failure} ->
+            start_failed(Node, Failure)
+    end;
+maybe_listen(Node, _Host, {error, Failure}) ->
+    start_failed(Node, Failure).
 
 %% net_kernel knows one reason by name, and prints only an atom of any other.
 start_failed(Node, {Reason, Text}) ->

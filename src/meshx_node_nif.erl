@@ -5,6 +5,7 @@
 -module(meshx_node_nif).
 
 -export([
+    load/0,
     listen/3,
     accept/2,
     connect/4,
@@ -29,8 +30,6 @@
 ]).
 
 -export_type([socket/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0, statistics/0]).
-
--on_load(on_load/0).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
 -define(ABI_VERSION, 1).
@@ -65,9 +64,23 @@
         BytesPending :: non_neg_integer()
     }.
 
--spec on_load() -> ok | {error, {atom(), string()}}.
-on_load() ->
-    erlang:load_nif(filename:join(meshx_node_path:priv_dir(), "meshx_node"), ?ABI_VERSION).
+%% Loads the library; must come before anything else here, may be repeated. Not by -on_load:
+%% in embedded mode its handlers run after net_sup has started, which needs us.
+-spec load() -> ok | {error, failure()}.
+load() ->
+    Path = filename:join(meshx_node_path:priv_dir(), "meshx_node"),
+    case erlang:load_nif(Path, ?ABI_VERSION) of
+        ok ->
+            ok;
+        {error, {reload, _}} ->
+            ok;
+        {error, {Reason, Text}} ->
+            {error,
+                {Reason,
+                    unicode:characters_to_binary([
+                        "can't load ", Path, ".so: ", Text, "; was it built on this machine?"
+                    ])}}
+    end.
 
 %% Opens a listener, owned by the caller. Port 0: any free one.
 -spec listen(inet:ip_address(), inet:port_number(), options()) ->

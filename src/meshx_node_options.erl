@@ -12,7 +12,7 @@
 -define(LOOPBACK, {127, 0, 0, 1}).
 
 %% Opens the distribution listener; owned by the caller.
--spec listen() -> {ok, meshx_node_nif:socket()} | {error, atom(), unicode:chardata()}.
+-spec listen() -> {ok, meshx_node_nif:socket()} | {error, {atom(), unicode:chardata()}}.
 listen() ->
     Given = kernel_list(inet_dist_listen_options),
     Ip =
@@ -23,12 +23,13 @@ listen() ->
     {First, Last} = port_range(),
     case inet:ntoa(Ip) of
         {error, einval} ->
-            {error, bad_configuration,
-                io_lib:format(
-                    "kernel's inet_dist_use_interface is ~tp; it takes an address such as "
-                    "{127,0,0,1} or {0,0,0,0,0,0,0,1}",
-                    [Ip]
-                )};
+            {error,
+                {bad_configuration,
+                    io_lib:format(
+                        "kernel's inet_dist_use_interface is ~tp; it takes an address such as "
+                        "{127,0,0,1} or {0,0,0,0,0,0,0,1}",
+                        [Ip]
+                    )}};
         _ ->
             listen(Ip, First, Last, integers(inet_dist_listen_options, Given))
     end.
@@ -40,13 +41,13 @@ listen(Ip, Port, Last, Options) ->
         {error, eaddrinuse} when Port < Last ->
             listen(Ip, Port + 1, Last, Options);
         {error, Reason} ->
-            {error, Reason,
-                io_lib:format("can't listen on ~ts, port ~ts: ~ts; see kernel's ~ts", [
-                    inet:ntoa(Ip),
-                    range_text(Last),
-                    inet:format_error(Reason),
-                    "inet_dist_use_interface, inet_dist_listen_min and inet_dist_listen_max"
-                ])}
+            {error,
+                {Reason,
+                    io_lib:format(
+                        "can't listen on ~ts, port ~ts: ~ts; see kernel's inet_dist_use_interface, "
+                        "inet_dist_listen_min and inet_dist_listen_max",
+                        [inet:ntoa(Ip), range_text(Last), inet:format_error(Reason)]
+                    )}}
     end.
 
 port_range() ->

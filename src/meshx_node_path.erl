@@ -3,12 +3,13 @@
 
 -export([priv_dir/0]).
 
--spec priv_dir() -> file:filename().
+-spec priv_dir() -> string().
 priv_dir() ->
     case code:priv_dir(meshx_node) of
         {error, bad_name} ->
-            Ebin = filename:dirname(code:which(?MODULE)),
-            filename:join(filename:dirname(Ebin), "priv");
+            {file, Beam} = code:is_loaded(?MODULE),
+            Ebin = filename:dirname(Beam),
+            unicode:characters_to_list(filename:join(filename:dirname(Ebin), "priv"));
         Dir ->
-            Dir
+            unicode:characters_to_list(Dir)
     end.

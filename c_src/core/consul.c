@@ -74,10 +74,11 @@ void consul_free(struct consul *consul) {
         return;
     }
     http_free(consul->http);
-    while (consul->calls != NULL) {
-        struct call *call = consul->calls;
-        unlink_call(call);
+    struct call *call = consul->calls;
+    while (call != NULL) {
+        struct call *next = call->next;
         call_free(call);
+        call = next;
     }
     free(consul);
 }
@@ -114,7 +115,8 @@ static void first_line(const struct http_answer *answer, char *out, size_t size)
     }
     for (size_t i = 0; i < length; i++) {
         unsigned char c = (unsigned char)answer->body[i];
-        out[i] = c < 0x20 || c == 0x7F ? '?' : (char)c;
+        bool is_control = c < 0x20 || c == 0x7F;
+        out[i] = is_control ? '?' : answer->body[i];
     }
     out[length] = '\0';
 }

@@ -124,11 +124,12 @@ static void destroy(struct http *http) {
     while (http->watchers != NULL) {
         unwatch(http->watchers);
     }
-    while (http->calls != NULL) {
-        struct call *call = http->calls;
-        unlink_call(call);
+    struct call *call = http->calls;
+    while (call != NULL) {
+        struct call *next = call->next;
         curl_multi_remove_handle(http->multi, call->easy);
         call_free(call);
+        call = next;
     }
     curl_multi_cleanup(http->multi);
     curl_slist_free_all(http->connect_to);
@@ -624,7 +625,7 @@ static int append_file(struct buf *out, const char *directory, const char *name)
         code = buf_append(out, part, size);
     }
     if (file != NULL) {
-        fclose(file);
+        (void)fclose(file);
     }
     return code == MESHX_OK ? buf_append_text(out, "\n") : code;
 }

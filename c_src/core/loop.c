@@ -172,25 +172,31 @@ void meshx_loop_stop(struct meshx_loop *loop, uint32_t grace_ms) {
     }
 }
 
+/* Steals the command, unless it is too late for that. */
+static int enqueue(struct meshx_loop *loop, struct command *command) {
+    int code = MESHX_ESTOPPED;
+    pthread_mutex_lock(&loop->lock);
+    if (!loop->stopping) {
+        *loop->last = command;
+        loop->last = &command->next;
+        uv_async_send(&loop->wake);
+        code = MESHX_OK;
+    }
+    pthread_mutex_unlock(&loop->lock);
+    return code;
+}
+
 int loop_post(struct meshx_loop *loop, void (*run)(void *argument), void *argument) {
     struct command *command = malloc(sizeof *command);
     if (command == NULL) {
         return MESHX_ENOMEM;
     }
     *command = (struct command){.run = run, .argument = argument};
-    pthread_mutex_lock(&loop->lock);
-    bool stopping = loop->stopping;
-    if (!stopping) {
-        *loop->last = command;
-        loop->last = &command->next;
-        uv_async_send(&loop->wake);
-    }
-    pthread_mutex_unlock(&loop->lock);
-    if (stopping) {
+    int code = enqueue(loop, command);
+    if (code != MESHX_OK) {
         free(command);
-        return MESHX_ESTOPPED;
     }
-    return MESHX_OK;
+    return code;
 }
 
 uv_loop_t *loop_uv(struct meshx_loop *loop) {

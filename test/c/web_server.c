@@ -33,8 +33,6 @@ struct web_server {
     pthread_cond_t changed;
     struct connection *connections; /* the rest is guarded by lock */
     int count;
-    int open;
-    int most_open;
     int requests;
     bool gate_open;
     bool stopping;
@@ -201,7 +199,6 @@ static void *serve(void *argument) {
     }
     pthread_mutex_lock(&server->lock);
     connection->open = false;
-    server->open--;
     close(connection->socket);
     pthread_mutex_unlock(&server->lock);
     return NULL;
@@ -219,10 +216,6 @@ static void *accept_all(void *argument) {
             connection->server = server;
             connection->socket = fd;
             connection->open = true;
-            server->open++;
-            if (server->open > server->most_open) {
-                server->most_open = server->open;
-            }
             pthread_create(&connection->thread, NULL, serve, connection);
         }
         pthread_mutex_unlock(&server->lock);
@@ -327,8 +320,4 @@ int web_server_requests(struct web_server *server) {
 
 int web_server_connections(struct web_server *server) {
     return read_count(server, &server->count);
-}
-
-int web_server_most_connections(struct web_server *server) {
-    return read_count(server, &server->most_open);
 }

@@ -37,7 +37,6 @@ void web_server_open_gate(struct web_server *server);
 void web_server_wait_requests(struct web_server *server, int count);
 
 int web_server_requests(struct web_server *server);
-int web_server_connections(struct web_server *server);      /* accepted so far */
-int web_server_most_connections(struct web_server *server); /* open at the same time */
+int web_server_connections(struct web_server *server); /* accepted so far */
 
 #endif

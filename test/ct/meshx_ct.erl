@@ -57,7 +57,13 @@ init_suite(Config, AgentOptions) ->
     end,
     put_item(directory, Directory),
     put_item(epmd_port, meshx_ct_agent:free_port()),
-    [{agent, add_agent(Config, AgentOptions)} | Config].
+    try
+        [{agent, add_agent(Config, AgentOptions)} | Config]
+    catch
+        Class:Reason:Stack ->
+            end_suite(Config),
+            erlang:raise(Class, Reason, Stack)
+    end.
 
 %% One more agent, until the end of the suite.
 -spec add_agent(config(), map()) -> meshx_ct_agent:agent().
@@ -180,22 +186,31 @@ world(Starter, Directory) ->
 
 world() ->
     receive
-        {From, Ref, Fun} -> From ! {Ref, Fun()};
-        _ -> ok
+        {From, Ref, Fun} when is_function(Fun) ->
+            From ! {Ref, run(Fun)};
+        _ ->
+            ok
     end,
     world().
+
+run(Fun) ->
+    try
+        {ok, Fun()}
+    catch
+        error:Reason -> {error, Reason}
+    end.
 
 in_world(Fun) ->
     Ref = monitor(process, ?WORLD),
     ?WORLD ! {self(), Ref, Fun},
     receive
-        {Ref, Result} ->
+        {Ref, {ok, Result}} ->
             demonitor(Ref, [flush]),
             Result;
-        {'DOWN', Ref, process, _, normal} ->
-            ok;
-        {'DOWN', Ref, process, _, Reason} ->
-            error(Reason)
+        {Ref, {error, Reason}} ->
+            error(Reason);
+        {'DOWN', Ref, process, _, _} ->
+            ok
     end.
 
 put_item(Key, Value) ->

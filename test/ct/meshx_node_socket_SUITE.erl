@@ -5,7 +5,7 @@
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--export([all/0, init_per_testcase/2, end_per_testcase/2]).
+-export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([
     reads_frames_cut_at_every_byte/1,
     reads_frames_of_every_size_class/1,
@@ -35,8 +35,16 @@
 all() ->
     [
         Name
-     || {Name, 1} <- ?MODULE:module_info(exports), Name =/= module_info
+     || {Name, 1} <- ?MODULE:module_info(exports),
+        not lists:member(Name, [module_info, init_per_suite, end_per_suite])
     ].
+
+init_per_suite(Config) ->
+    ok = meshx_node_nif:load(),
+    Config.
+
+end_per_suite(_Config) ->
+    ok.
 
 %% A listener for the peer of each link.
 init_per_testcase(_Case, Config) ->

@@ -1,0 +1,95 @@
+%% What the suites run on the nodes, where a plain call isn't enough.
+-module(meshx_ct_there).
+
+-export([watch/1, seen/0, count_up/2, counted/2, send_chunks/3, receive_chunks/2, chunk/1]).
+
+%% Starts a process, found by seen/0, that collects nodeup and nodedown, and the end of Pids:
+%% it monitors and links to each.
+-spec watch([pid()]) -> pid().
+watch(Pids) ->
+    Self = self(),
+    {Watcher, Monitor} = spawn_monitor(fun() ->
+        process_flag(trap_exit, true),
+        _ = whereis(?MODULE) =/= undefined andalso unregister(?MODULE),
+        register(?MODULE, self()),
+        ok = net_kernel:monitor_nodes(true),
+        _ = [begin link(Pid), monitor(process, Pid) end || Pid <- Pids],
+        Self ! {self(), ready},
+        collect([])
+    end),
+    receive
+        {Watcher, ready} -> demonitor(Monitor, [flush]);
+        {'DOWN', Monitor, _, _, Reason} -> error(Reason)
+    end,
+    Watcher.
+
+collect(Seen) ->
+    receive
+        {From, Ref, seen} ->
+            From ! {Ref, lists:reverse(Seen)},
+            collect(Seen);
+        {'DOWN', _, process, Pid, Reason} ->
+            collect([{down, Pid, Reason} | Seen]);
+        {'EXIT', Pid, Reason} ->
+            collect([{exit, Pid, Reason} | Seen]);
+        Message ->
+            collect([Message | Seen])
+    end.
+
+%% What the watcher has collected, oldest first.
+-spec seen() -> [term()].
+seen() ->
+    Ref = make_ref(),
+    ?MODULE ! {self(), Ref, seen},
+    receive
+        {Ref, Seen} -> Seen
+    end.
+
+%% Sends 1..Last to a process in counted/2.
+-spec count_up(pid(), pos_integer()) -> ok.
+count_up(To, Last) ->
+    lists:foreach(fun(N) -> To ! {self(), N} end, lists:seq(1, Last)).
+
+%% Returns when 1..Last have come in this order and nothing else.
+-spec counted(pid(), pos_integer()) -> ok.
+counted(ReportTo, Last) ->
+    [
+        receive
+            {_, Got} -> Got = N
+        end
+     || N <- lists:seq(1, Last)
+    ],
+    ReportTo ! {self(), counted},
+    ok.
+
+%% Sends numbered binaries, each different; says so before each.
+-spec send_chunks(pid(), pos_integer(), atomics:atomics_ref()) -> ok.
+send_chunks(To, Count, Progress) ->
+    lists:foreach(
+        fun(N) ->
+            To ! {chunk, N, chunk(N)},
+            atomics:put(Progress, 1, N)
+        end,
+        lists:seq(1, Count)
+    ).
+
+-spec receive_chunks(pid(), pos_integer()) -> ok.
+receive_chunks(ReportTo, Count) ->
+    lists:foreach(
+        fun(N) ->
+            receive
+                {chunk, N, Binary} ->
+                    Binary = chunk(N);
+                {chunk, Other, _} ->
+                    error({expected, N, got, Other})
+            end
+        end,
+        lists:seq(1, Count)
+    ),
+    ReportTo ! {self(), all_chunks},
+    ok.
+
+%% 1 MiB that depends on N.
+-spec chunk(non_neg_integer()) -> binary().
+chunk(N) ->
+    binary:copy(<<N:64, (erlang:md5(<<N:64>>))/binary, (N + 1):64>>, 32768).
