@@ -18,7 +18,7 @@ NIF := $(wildcard c_src/nif/*.c)
 GUARD := $(wildcard c_src/guard/*.c)
 C_TESTS := $(patsubst test/c/%_test.c,%,$(wildcard test/c/*_test.c))
 # Modules with threads or a loop also run under ThreadSanitizer.
-TSAN_TESTS := $(filter loop http consul probe sidecar mesh,$(C_TESTS))
+TSAN_TESTS := $(filter loop http consul probe sidecar mesh mesh_running,$(C_TESTS))
 C_TEST_SUPPORT := $(filter-out %_test.c,$(wildcard test/c/*.c))
 C_SOURCES := $(CORE) $(NIF) $(GUARD)
 C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch])
@@ -95,7 +95,8 @@ test-c-tsan-%: $(BUILD)/tsan/test/%_test $(BUILD)/tsan/meshx_guard
 test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard ## one C module's tests under ASan+UBSan (test-c-tsan-%: TSan)
 	@$(RUN_C_TEST)
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl
-	@MESHX_CONSUL=$$(.ci/consul --path) $(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
+	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
+		$(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
 STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) ct

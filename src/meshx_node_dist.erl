@@ -199,12 +199,13 @@ setup(Node, Type, MyNode, LongOrShortNames, SetupTime) ->
         dist_util:net_ticker_spawn_options()
     ).
 
+%% Long or short names: no difference. Where a node is, its registration says, no resolver, so a
+%% node called node1@myhost may be started with long names, as MeshxNode's users do.
 -spec do_setup(pid(), node(), Type, node(), longnames | shortnames, non_neg_integer()) ->
     no_return()
 when
     Type :: normal | hidden.
-do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
-    check_host(Node, LongOrShortNames),
+do_setup(Kernel, Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
     Timer = dist_util:start_timer(SetupTime),
     Deadline = erlang:monotonic_time(millisecond) + SetupTime,
     case meshx_node_ctrl:dial(Node, Deadline) of
@@ -219,30 +220,6 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
         {error, {Reason, Text}} ->
             ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
             ?shutdown2(Node, Reason)
-    end.
-
-%% The same refusals, in the same words, as inet_tcp_dist.
-check_host(Node, LongOrShortNames) ->
-    [_, Host] = string:split(atom_to_list(Node), "@"),
-    Dots = lists:member($., Host),
-    IsAddress = element(1, inet:parse_address(Host)) =:= ok,
-    if
-        LongOrShortNames =:= longnames, not Dots, not IsAddress ->
-            ?LOG_ERROR(
-                "** System running to use fully qualified hostnames **~n"
-                "** Hostname ~ts is illegal **~n",
-                [Host]
-            ),
-            ?shutdown(Node);
-        LongOrShortNames =:= shortnames, Dots ->
-            ?LOG_ERROR(
-                "** System NOT running to use fully qualified hostnames **~n"
-                "** Hostname ~ts is illegal **~n",
-                [Host]
-            ),
-            ?shutdown(Node);
-        true ->
-            ok
     end.
 
 %% What both directions of a handshake have in common. The connection process learns the link

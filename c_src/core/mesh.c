@@ -235,6 +235,10 @@ static void on_retry(void *argument) {
     }
 }
 
+static void on_gather(void *argument) {
+    mesh_upstream_send(argument);
+}
+
 static void on_finish(void *argument) {
     mesh_finish(argument);
 }
@@ -257,6 +261,9 @@ static int make_parts(struct mesh *mesh) {
     }
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_retry, mesh, &mesh->retry);
+    }
+    if (code == MESHX_OK) {
+        code = loop_timer_new(mesh->loop, on_gather, mesh, &mesh->gather);
     }
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_finish, mesh, &mesh->finish);
@@ -305,6 +312,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->deadline);
     loop_timer_free(mesh->heartbeat);
     loop_timer_free(mesh->retry);
+    loop_timer_free(mesh->gather);
     loop_timer_free(mesh->finish);
     sidecar_free(mesh->sidecar);
 

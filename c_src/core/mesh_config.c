@@ -98,9 +98,9 @@ static int check_text(const struct text_field *field, const char *text,
     case JSON_OBJECT:
         code = document_check_template(text, &reason);
         if (code != MESHX_OK) {
-            return error_set(failure, code,
-                             "%s is \"%.200s\", but must be a JSON object: %s",
-                             field->name, text, reason.text);
+            /* Not its text: a template may hold a secret. */
+            return error_set(failure, code, "%s must be a JSON object: %s", field->name,
+                             reason.text);
         }
         break;
     }

@@ -149,6 +149,7 @@ struct mesh {
     struct loop_timer *deadline;  /* STARTING: start_timeout */
     struct loop_timer *heartbeat; /* READY; in MESH_VISIBLE: when to look again */
     struct loop_timer *retry;
+    struct loop_timer *gather; /* READY: the registration waits no longer */
     struct loop_timer *finish; /* so that the end never frees what has just called us */
     uint32_t retry_delay;      /* the last one; 0: none since all went well */
     bool retrying;             /* |retry| is set */
@@ -181,6 +182,7 @@ struct mesh {
     uint16_t *used_ports; /* upstream ports this sidecar process may have bound */
     size_t used_count;
     struct mesh_request *requests; /* all in hand, oldest first */
+    uint64_t gathered;             /* revision that waits for other lookups; 0: none */
 
     uint64_t sidecar_starts;
     uint64_t registrations;
@@ -246,6 +248,8 @@ void mesh_upstream_ready(struct mesh *mesh);
 /* Up to |revision| the desired state is applied, or refused with |failure|. */
 void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
                            const struct meshx_failure *failure);
+/* Sends what was gathered; lookups still under way go into the next registration. */
+void mesh_upstream_send(struct mesh *mesh);
 /* A new sidecar process: only the ports of current upstreams are in use. */
 void mesh_upstream_forget_ports(struct mesh *mesh);
 bool mesh_upstream_port_used(void *mesh, uint16_t port);

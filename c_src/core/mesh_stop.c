@@ -32,6 +32,7 @@ void mesh_stop(struct mesh *mesh) {
     loop_timer_stop(mesh->deadline);
     loop_timer_stop(mesh->heartbeat);
     loop_timer_stop(mesh->retry);
+    loop_timer_stop(mesh->gather);
     probe_cancel(mesh->probe);
     mesh->probe = NULL;
     mesh_upstream_stop(mesh);

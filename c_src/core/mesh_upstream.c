@@ -18,6 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define GATHER_TIME 20 /* milliseconds */
+
 /* ---- requests ---- */
 
 static void unlink_request(struct mesh *mesh, struct mesh_request *request) {
@@ -165,6 +167,33 @@ void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
     }
 }
 
+void mesh_upstream_send(struct mesh *mesh) {
+    uint64_t revision = mesh->gathered;
+    mesh->gathered = 0;
+    loop_timer_stop(mesh->gather);
+    if (revision > mesh->registration.wanted) { /* else it went along with another */
+        mesh_registration_change(mesh);
+    }
+}
+
+static bool is_looking_up(const struct mesh *mesh) {
+    for (const struct mesh_request *request = mesh->requests; request != NULL;
+         request = request->next) {
+        if (request->lookups > 0 && request->kind == MESH_REQUEST_DIAL) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A lookup is done: if it was the last one, what was gathered goes out. */
+static void send_gathered(struct mesh *mesh) {
+    if (mesh->gathered != 0 && !is_looking_up(mesh)) {
+        mesh_upstream_send(mesh);
+    }
+}
+
+/* A lone request is sent at once; one of a burst waits a moment for the others. */
 static void dial(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     struct meshx_failure failure;
@@ -173,7 +202,10 @@ static void dial(struct mesh_request *request) {
         answer(request, &failure, 0);
     } else if (upstream == NULL) {
         request->revision = mesh->registration.wanted + 1;
-        mesh_registration_change(mesh); /* a failure may answer and free |request| */
+        if (mesh->gathered == 0) {
+            loop_timer_start(mesh->gather, GATHER_TIME);
+        }
+        mesh->gathered = request->revision;
     } else {
         if (strcmp(upstream->node, request->node) != 0) {
             char *former = upstream->node; /* another node has the service name now */
@@ -226,9 +258,11 @@ static void judge(struct mesh_request *request) {
 }
 
 static void lookup_answered(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
     request->lookups--;
     if (request->lookups == 0) {
         judge(request);
+        send_gathered(mesh);
     }
 }
 

@@ -38,11 +38,12 @@
 
 #define EXIT_USAGE 2
 #define EXIT_NO_EXEC 127
-#define READ_SIZE 4096 /* one read's records always fit into an empty |pending| */
-#define PENDING_SIZE (1024 * 1024) /* a burst that outruns an owner who does read */
-#define PENDING_RESERVED                                                                 \
-    128                 /* for STARTED, EXITED and the line that counts the dropped */
-#define FINAL_READS 256 /* 1 MiB, the largest a pipe can hold */
+/* The records of one read always fit into an empty |pending|. */
+#define READ_SIZE 4096
+/* Takes a burst that outruns an owner who does read. */
+#define PENDING_SIZE ((size_t)1024 * 1024)
+/* As many as the largest pipe holds, 1 MiB. */
+#define FINAL_READS 256
 
 struct stream {
     enum guard_record type;
@@ -165,11 +166,8 @@ static void put_line(struct guard *guard, enum guard_record type, const char *li
     if (!guard->owner_reads) {
         return;
     }
-    size_t need = GUARD_RECORD_HEADER + size;
-    if (guard->dropped == 0 && pending_size(guard) + need > PENDING_SIZE) {
-        send_pending(guard);
-    }
-    if (guard->dropped > 0 || pending_size(guard) + need > PENDING_SIZE) {
+    if (guard->dropped > 0 ||
+        pending_size(guard) + GUARD_RECORD_HEADER + size > PENDING_SIZE) {
         guard->dropped++;
     } else {
         put_record(guard, type, line, size);

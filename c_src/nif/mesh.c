@@ -161,54 +161,61 @@ static ERL_NIF_TERM make_answer(ErlNifEnv *env, const struct meshx_event *event,
     return enif_make_tuple2(env, enif_make_uint64(env, event->request), result);
 }
 
+static ERL_NIF_TERM make_type(enum meshx_event_type type) {
+    switch (type) {
+    case MESHX_EVENT_READY:
+        return am_ready;
+    case MESHX_EVENT_FAILED:
+        return am_failed;
+    case MESHX_EVENT_UPSTREAM:
+        return am_upstream;
+    case MESHX_EVENT_INFO:
+        return am_info;
+    case MESHX_EVENT_OUTPUT:
+        return am_output;
+    case MESHX_EVENT_LOG:
+        return am_log;
+    case MESHX_EVENT_STOPPED:
+        return am_stopped;
+    }
+    return am_undefined;
+}
+
+static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
+    switch (event->type) {
+    case MESHX_EVENT_READY:
+        return enif_make_list(env, 0);
+    case MESHX_EVENT_UPSTREAM:
+        return make_answer(env, event, enif_make_uint(env, event->port));
+    case MESHX_EVENT_INFO:
+        return make_answer(
+            env, event, event->info != NULL ? make_info(env, event->info) : am_undefined);
+    case MESHX_EVENT_OUTPUT:
+        return enif_make_tuple2(env,
+                                event->stream == MESHX_STDOUT ? am_stdout : am_stderr,
+                                terms_text(env, event->text));
+    case MESHX_EVENT_LOG:
+        return enif_make_tuple2(env, make_level(event->level),
+                                terms_text(env, event->text));
+    case MESHX_EVENT_FAILED:
+    case MESHX_EVENT_STOPPED:
+        return terms_failure(env, event->failure);
+    }
+    return am_undefined;
+}
+
 /* Called by the core, on its control thread. */
 static void on_event(const struct meshx_event *event, void *context) {
     struct subscriber *subscriber = context;
     ErlNifEnv *env = enif_alloc_env();
-    ERL_NIF_TERM type = am_undefined;
-    ERL_NIF_TERM data = am_undefined;
 
     if (env == NULL) {
         return; /* the emulator itself does not survive this for long */
     }
-    switch (event->type) {
-    case MESHX_EVENT_READY:
-        type = am_ready;
-        data = enif_make_list(env, 0);
-        break;
-    case MESHX_EVENT_FAILED:
-        type = am_failed;
-        data = terms_failure(env, event->failure);
-        break;
-    case MESHX_EVENT_UPSTREAM:
-        type = am_upstream;
-        data = make_answer(env, event, enif_make_uint(env, event->port));
-        break;
-    case MESHX_EVENT_INFO:
-        type = am_info;
-        data = make_answer(
-            env, event, event->info != NULL ? make_info(env, event->info) : am_undefined);
-        break;
-    case MESHX_EVENT_OUTPUT:
-        type = am_output;
-        data =
-            enif_make_tuple2(env, event->stream == MESHX_STDOUT ? am_stdout : am_stderr,
-                             terms_text(env, event->text));
-        break;
-    case MESHX_EVENT_LOG:
-        type = am_log;
-        data =
-            enif_make_tuple2(env, make_level(event->level), terms_text(env, event->text));
-        break;
-    case MESHX_EVENT_STOPPED:
-        type = am_stopped;
-        data = terms_failure(env, event->failure);
-        break;
-    }
     /* A receiver that is gone is handled by the resource's monitor. */
     enif_send(NULL, &subscriber->pid, env,
               enif_make_tuple4(env, am_meshx_event, enif_make_copy(env, subscriber->tag),
-                               type, data));
+                               make_type(event->type), make_data(env, event)));
     enif_free_env(env);
 }
 

@@ -9,28 +9,22 @@
 #include <erl_nif.h>
 
 /* X(name): an atom of the same spelling, reachable as am_<name>. */
-#define TERMS_ATOMS(X)                                                                   \
-    X(agent)                                                                             \
-    X(applied) X(backlog) X(badarg) X(closed) X(consul) X(deregister_after) X(dial) X(   \
-        ask) X(error) X(failed) X(false) X(force_registration) X(guard_path)             \
-        X(handshake) X(distribution) X(info) X(ipv6_v6only) X(keepalive) X(last_failure) \
-            X(listen_address) X(listen_port) X(log) X(meshx_event) X(more) X(node) X(    \
-                nodelay) X(none) X(notice) X(ok) X(output) X(port) X(priority) X(ready)  \
-                X(recbuf) X(registered) X(registrations) X(repairs) X(request_failures)  \
-                    X(request_timeout) X(requests) X(reuseaddr) X(service_id)            \
-                        X(service_name) X(service_template) X(sidecar_accepts)           \
-                            X(sidecar_address) X(sidecar_command) X(sidecar_environment) \
-                                X(sidecar_pid) X(sidecar_port) X(sidecar_ports)          \
-                                    X(sidecar_restart_max) X(sidecar_restart_min)        \
-                                        X(sidecar_starts) X(sndbuf) X(start_timeout)     \
-                                            X(starting) X(state) X(stderr) X(stdout)     \
-                                                X(stop_timeout) X(stopped) X(stopping)   \
-                                                    X(tclass) X(tos) X(true) X(ttl)      \
-                                                        X(undefined) X(upstream)         \
-                                                            X(upstream_ports)            \
-                                                                X(upstream_template)     \
-                                                                    X(upstreams) X(wait) \
-                                                                        X(warning)
+/* clang-format off */
+#define TERMS_ATOMS(X) \
+    X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(deregister_after) X(error) \
+    X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
+    X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \
+    X(log) X(meshx_event) X(more) X(node) X(none) X(notice) X(ok) X(output) X(port) \
+    X(priority) X(ready) X(recbuf) X(registered) X(registrations) X(repairs) \
+    X(request_failures) X(request_timeout) X(requests) X(reuseaddr) X(service_id) \
+    X(service_name) X(service_template) X(sidecar_accepts) X(sidecar_address) \
+    X(sidecar_command) X(sidecar_environment) X(sidecar_pid) X(sidecar_port) \
+    X(sidecar_ports) X(sidecar_restart_max) X(sidecar_restart_min) X(sidecar_starts) \
+    X(sndbuf) X(start_timeout) X(starting) X(state) X(stderr) X(stdout) \
+    X(stop_timeout) X(stopped) X(stopping) X(tclass) X(tos) X(true) X(ttl) \
+    X(undefined) X(upstream) X(upstream_ports) X(upstream_template) X(upstreams) \
+    X(wait) X(warning)
+/* clang-format on */
 
 #define TERMS_DECLARE(name) extern ERL_NIF_TERM am_##name;
 TERMS_ATOMS(TERMS_DECLARE)

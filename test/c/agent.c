@@ -325,7 +325,11 @@ void agent_restart(struct agent *agent) {
 }
 
 void agent_freeze(struct agent *agent) {
+    int status = 0;
     assert_int_equal(kill(agent->pid, SIGSTOP), 0);
+    /* Its threads go on for a moment; the parent is told when the last has stopped. */
+    assert_int_equal(waitpid(agent->pid, &status, WUNTRACED), agent->pid);
+    assert_true(WIFSTOPPED(status));
 }
 
 void agent_thaw(struct agent *agent) {
@@ -362,8 +366,10 @@ static char *read_all(int fd) {
     char *data = malloc(capacity);
     assert_non_null(data);
     ssize_t count;
-    while ((count = recv(fd, data + size, capacity - size - 1, 0)) > 0) {
-        size += (size_t)count;
+    /* The end of a process interrupts: a receive with a time limit is not restarted. */
+    while ((count = recv(fd, data + size, capacity - size - 1, 0)) > 0 ||
+           (count < 0 && errno == EINTR)) {
+        size += count > 0 ? (size_t)count : 0;
         if (capacity - size < 2) {
             capacity *= 2;
             data = realloc(data, capacity);

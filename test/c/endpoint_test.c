@@ -12,7 +12,7 @@
 #define SETTINGS(...) ((const struct meshx_setting[]){__VA_ARGS__, {NULL, NULL}})
 
 static char folder[] = "/tmp/meshx_endpoint_XXXXXX";
-static char path_text[4096];
+static char path_text[256];
 
 static const char *path_of(const char *name) {
     snprintf(path_text, sizeof path_text, "%s/%s", folder, name);
@@ -311,7 +311,7 @@ static void tokens(void **state) {
 
 static void token_file(void **state) {
     (void)state;
-    char path[256];
+    char path[sizeof path_text];
     snprintf(path, sizeof path, "%s", path_of("token"));
     write_file("token", " \t\nfirst\r\n \n", 12);
     struct endpoint endpoint = accept(
@@ -476,7 +476,7 @@ static unsigned fail_every_allocation(const struct meshx_setting *settings) {
 static void survives_without_memory(void **state) {
     (void)state;
     char address[200];
-    char token[256];
+    char token[sizeof path_text];
     write_file("file", "x", 1);
     write_file("token", "t", 1);
     snprintf(token, sizeof token, "%s", path_of("token"));

@@ -1,136 +1,10 @@
 /*
- * The node service against a real agent and real sidecars.
- *
- * One agent serves all tests (those that harm it have their own), so every test has node
- * names of its own.
+ * Start and end of a node service, against a real agent and real sidecars.
  */
-#include "node.h"
+#include "mesh_fixture.h"
 #include "process.h"
-#include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
-static struct agent *shared_agent;
-
-static int start_shared_agent(void **state) {
-    (void)state;
-    agent_start(&shared_agent);
-    return 0;
-}
-
-static int stop_shared_agent(void **state) {
-    (void)state;
-    agent_stop(shared_agent);
-    return 0;
-}
-
-static int start_loop(void **state) {
-    struct meshx_loop *loop = NULL;
-    assert_int_equal(meshx_loop_start(&loop), MESHX_OK);
-    *state = loop;
-    return 0;
-}
-
-static int stop_loop(void **state) {
-    if (*state != NULL) {
-        meshx_loop_stop(*state, 10000);
-    }
-    return 0;
-}
-
-/* ---- what the agent says ---- */
-
-static char *path_of(const char *format, const char *name) {
-    static char path[256];
-    snprintf(path, sizeof path, format, name);
-    return path;
-}
-
-static void await(const char *format, const char *name, int status, const char *text) {
-    node_wait_agent(shared_agent, path_of(format, name), status, text);
-}
-
-#define SERVICE "/v1/agent/service/%s"
-#define HEALTH "/v1/agent/health/service/id/%s"
-#define DIALABLE "/v1/health/connect/%s?passing"
-
-/* Checks with this ID that are critical. */
-#define CRITICAL                                                                         \
-    "/v1/agent/checks?filter=Status==%%22critical%%22%%20and%%20CheckID==%%22%s%%22"
-
-static int status_of(const char *format, const char *name) {
-    return agent_request(shared_agent, "GET", path_of(format, name), NULL, NULL);
-}
-
-static void assert_registered(const char *name) {
-    assert_int_equal(status_of(SERVICE, name), 200);
-}
-
-static void assert_not_registered(const char *name) {
-    assert_int_equal(status_of(SERVICE, name), 404);
-    assert_int_equal(status_of(SERVICE "-sidecar-proxy", name), 404);
-}
-
-static void assert_dialable(const char *name) {
-    char *body = NULL;
-    assert_int_equal(
-        agent_request(shared_agent, "GET", path_of(DIALABLE, name), NULL, &body), 200);
-    assert_non_null(strstr(body, "sidecar-proxy"));
-    free(body);
-}
-
-/* Registers something that is not ours: |more| is added to the JSON object. */
-static void register_other(const char *id, const char *name, const char *node,
-                           const char *more) {
-    char body[1024];
-    snprintf(body, sizeof body,
-             "{\"ID\":\"%s\",\"Name\":\"%s\",\"Meta\":{\"node\":\"%s\"},\"Connect\":{"
-             "\"Native\":true},%s}",
-             id, name, node, more);
-    assert_int_equal(
-        agent_request(shared_agent, "PUT", "/v1/agent/service/register", body, NULL),
-        200);
-    /* In the catalog, too. */
-    snprintf(body, sizeof body, "\"%s\"", id);
-    await("/v1/health/service/%s", name, 200, body);
-}
-
-static void deregister_other(const char *id) {
-    assert_int_equal(agent_request(shared_agent, "PUT",
-                                   path_of("/v1/agent/service/deregister/%s", id), NULL,
-                                   NULL),
-                     200);
-}
-
-/* Returns the ID of the new intention; new. */
-static char *deny(const char *source, const char *destination) {
-    char body[256];
-    char *answer = NULL;
-    snprintf(body, sizeof body,
-             "{\"SourceName\":\"%s\",\"DestinationName\":\"%s\",\"Action\":\"deny\"}",
-             source, destination);
-    assert_int_equal(
-        agent_request(shared_agent, "POST", "/v1/connect/intentions", body, &answer),
-        200);
-    char *id = strstr(answer, "\"ID\"");
-    assert_non_null(id);
-    id = strchr(id + 4, '"') + 1;
-    *strchr(id, '"') = '\0';
-    char *copy = strdup(id);
-    free(answer);
-    return copy;
-}
-
-static void allow_again(char *intention) {
-    assert_int_equal(agent_request(shared_agent, "DELETE",
-                                   path_of("/v1/connect/intentions/%s", intention), NULL,
-                                   NULL),
-                     200);
-    free(intention);
-}
 
 /* Opens a node that can't start, and returns the failure. */
 static const struct node_event *fail_to_start(struct node *node,
@@ -278,8 +152,8 @@ static void a_bad_configuration_is_named(void **state) {
                               {"service_name", "a/b"},
                               {"listen_address", "localhost"},
                               {"listen_port", "0"},
-                              {"service_template", "[1]"},
-                              {"upstream_template", "{"},
+                              {"service_template", "JSON object"},
+                              {"upstream_template", "JSON object"},
                               {"sidecar_command", "empty"},
                               {"guard_path", "not set"},
                               {"sidecar_address", "example.org"},
@@ -508,321 +382,33 @@ static void a_port_lost_in_a_race_is_replaced(void **state) {
     agent_remove_directory(directory);
 }
 
-/* ---- upstreams ---- */
-
-static void data_passes_both_sidecars(void **state) {
-    struct node *one = node_start(*state, shared_agent, "one@test");
-    struct node *two = node_start(*state, shared_agent, "two@test");
-    assert_int_equal(node_upstream(one, "two@test", "two@test", MESHX_UPSTREAM_ASK)->code,
-                     MESHX_OK);
-    assert_int_equal(node_info(one)->info.upstream_count, 0);
-
-    const struct node_event *answer =
-        node_upstream(one, "two@test", "two@test", MESHX_UPSTREAM_DIAL);
-    assert_int_equal(answer->code, MESHX_OK);
-    assert_in_range(answer->port, 24000, 26999);
-    assert_true(node_echo(answer->port));
-    /* And back, and the same port again without another registration. */
-    assert_true(
-        node_echo(node_upstream(two, "one@test", "one@test", MESHX_UPSTREAM_DIAL)->port));
-    assert_int_equal(
-        node_upstream(one, "two@test", "two@test", MESHX_UPSTREAM_DIAL)->port,
-        answer->port);
-    const struct node_event *info = node_info(one);
-    assert_int_equal(info->info.registrations, 2);
-    assert_int_equal(info->info.upstream_count, 1);
-    assert_int_equal(info->upstream_ports[0], answer->port);
-    node_free(two);
-    assert_int_equal(
-        node_upstream(one, "two@test", "two@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_ENODE_UNKNOWN);
-    node_free(one);
-}
-
-static void a_burst_of_upstreams_takes_two_registrations(void **state) {
-    enum { COUNT = 10 };
-    struct node *node = node_start(*state, shared_agent, "burst@test");
-    char names[COUNT][32];
-    uint16_t ports[COUNT];
-    for (int i = 0; i < COUNT; i++) {
-        snprintf(names[i], sizeof names[i], "target%d@test", i);
-        register_other(names[i], names[i], names[i], "\"Port\":1");
-    }
-    for (int i = 0; i < COUNT; i++) {
-        assert_int_equal(meshx_mesh_upstream(node->mesh, 100 + (uint64_t)i, names[i],
-                                             names[i], MESHX_UPSTREAM_DIAL),
-                         MESHX_OK);
-    }
-    for (int i = 0; i < COUNT; i++) {
-        const struct node_event *answer =
-            node_wait(node, MESHX_EVENT_UPSTREAM, 100 + (uint64_t)i, NULL);
-        assert_int_equal(answer->code, MESHX_OK);
-        ports[i] = answer->port;
-        for (int j = 0; j < i; j++) {
-            assert_int_not_equal(ports[i], ports[j]);
-        }
-    }
-    const struct meshx_info info = node_info(node)->info;
-    assert_int_equal(info.upstream_count, COUNT);
-    /* The first that was looked up goes alone, the others together in the next one; a
-     * straggler among the lookups may need a third. */
-    assert_in_range(info.registrations, 2, 4);
-    char *body = NULL;
-    agent_request(shared_agent, "GET", path_of(SERVICE "-sidecar-proxy", "burst@test"),
-                  NULL, &body);
-    for (int i = 0; i < COUNT; i++) {
-        assert_non_null(strstr(body, names[i]));
-        deregister_other(names[i]);
-    }
-    free(body);
-    node_free(node);
-}
-
-static void each_refusal_says_why_and_leaves_no_upstream(void **state) {
-    struct node *node = node_start(*state, shared_agent, "asker@test");
-    register_other("sick@test", "sick@test", "sick@test",
-                   "\"Port\":1,\"Check\":{\"TTL\":\"10m\",\"Notes\":\"x\"}");
-    register_other("pair-a", "pair", "a@test", "\"Port\":1");
-    register_other("pair-b", "pair", "b@test", "\"Port\":1");
-    register_other("guarded@test", "guarded@test", "guarded@test", "\"Port\":1");
-    char *intention = deny("asker@test", "guarded@test");
-    static const enum meshx_upstream_mode modes[] = {MESHX_UPSTREAM_ASK,
-                                                     MESHX_UPSTREAM_DIAL};
-    for (int i = 0; i < 2; i++) {
-        const struct node_event *answer =
-            node_upstream(node, "nobody@test", "nobody@test", modes[i]);
-        assert_int_equal(answer->code, MESHX_ENODE_UNKNOWN);
-        assert_non_null(strstr(answer->text, "nobody@test is not registered"));
-        /* The service is there, but it is another node's. */
-        answer = node_upstream(node, "nobody@test", "sick@test", modes[i]);
-        assert_int_equal(answer->code, MESHX_ENODE_UNKNOWN);
-        answer = node_upstream(node, "sick@test", "sick@test", modes[i]);
-        assert_int_equal(answer->code, MESHX_ENODE_UNHEALTHY);
-        answer = node_upstream(node, "a@test", "pair", modes[i]);
-        assert_int_equal(answer->code, MESHX_ECONFIG);
-        assert_non_null(strstr(answer->text, "b@test"));
-        answer = node_upstream(node, "guarded@test", "guarded@test", modes[i]);
-        assert_int_equal(answer->code, MESHX_EDENIED);
-        assert_non_null(strstr(answer->text, "asker@test => guarded@test"));
-    }
-    const struct meshx_info info = node_info(node)->info;
-    assert_int_equal(info.upstream_count, 0);
-    assert_int_equal(info.registrations, 1);
-
-    allow_again(intention);
-    assert_int_equal(
-        node_upstream(node, "guarded@test", "guarded@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_OK);
-    deregister_other("sick@test");
-    deregister_other("pair-a");
-    deregister_other("pair-b");
-    deregister_other("guarded@test");
-    node_free(node);
-}
-
-static void a_refused_registration_fails_its_requests_only(void **state) {
-    struct node *node = node_new(shared_agent, "picky@test");
-    node->config.upstream_template = "{\"NoSuchField\":1}"; /* a 400 of the agent */
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    register_other("wanted@test", "wanted@test", "wanted@test", "\"Port\":1");
-    const struct node_event *answer =
-        node_upstream(node, "wanted@test", "wanted@test", MESHX_UPSTREAM_DIAL);
-    assert_int_equal(answer->code, MESHX_EAGENT_REFUSED);
-    assert_non_null(strstr(answer->text, "NoSuchField"));
-    const struct meshx_info info = node_info(node)->info;
-    assert_int_equal(info.upstream_count, 0);
-    assert_true(info.registered);
-    assert_dialable("picky@test");
-    deregister_other("wanted@test");
-    node_free(node);
-}
-
-static void requests_before_ready_wait_for_it(void **state) {
-    struct node *two = node_start(*state, shared_agent, "early2@test");
-    struct node *one = node_new(shared_agent, "early1@test");
-    node_open(one, *state);
-    assert_int_equal(
-        node_upstream(one, "early2@test", "early2@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_OK);
-    assert_int_equal(node_count(one, MESHX_EVENT_READY, NULL), 1);
-    node_free(one);
-    node_free(two);
-}
-
-/* ---- repairs ---- */
-
-static void a_killed_sidecar_comes_back(void **state) {
-    struct node *node = node_new(shared_agent, "killed@test");
-    node->config.sidecar_restart_min = 2000; /* time to see what is meanwhile */
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    pid_t first = (pid_t)node_info(node)->info.sidecar_pid;
-    register_other("dest@test", "dest@test", "dest@test", "\"Port\":1");
-    uint16_t port =
-        node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_DIAL)->port;
-    assert_int_equal(kill(first, SIGKILL), 0);
-    node_wait(node, MESHX_EVENT_LOG, 0, "restarted in 2000 ms");
-    await(HEALTH, "killed@test", 503, NULL);
-    assert_int_equal(
-        node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_ESIDECAR_DOWN);
-    assert_int_equal(
-        node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_ASK)->code,
-        MESHX_OK);
-
-    node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "killed@test", 200, NULL);
-    const struct meshx_info info = node_info(node)->info;
-    assert_int_equal(info.sidecar_starts, 2);
-    assert_int_not_equal(info.sidecar_pid, first);
-    assert_int_equal(
-        node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_DIAL)->port, port);
-    deregister_other("dest@test");
-    node_free(node);
-}
-
-static void an_agent_that_forgot_us_is_told_again(void **state) {
-    struct agent *agent = NULL;
-    agent_start(&agent);
-    struct node *one = node_start(*state, agent, "kept1@test");
-    struct node *two = node_start(*state, agent, "kept2@test");
-    uint16_t port =
-        node_upstream(one, "kept2@test", "kept2@test", MESHX_UPSTREAM_DIAL)->port;
-    assert_true(node_echo(port));
-    agent_kill(agent);
-    node_wait(one, MESHX_EVENT_LOG, 0, "trying again");
-    node_wait(two, MESHX_EVENT_LOG, 0, "trying again");
-    assert_int_equal(
-        node_upstream(one, "kept2@test", "kept2@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_EAGENT_UNREACHABLE);
-    agent_restart(agent);
-    node_wait(one, MESHX_EVENT_LOG, 0, "registered again");
-    node_wait(two, MESHX_EVENT_LOG, 0, "registered again");
-    node_wait_agent(agent, path_of(DIALABLE, "kept2@test"), 200, "sidecar-proxy");
-    const struct meshx_info info = node_info(one)->info;
-    assert_int_equal(info.repairs, 1);
-    assert_int_equal(info.upstream_count, 1);
-    assert_true(info.registered);
-    while (!node_echo(port)) { /* until the proxies have their new certificates */
-    }
-    assert_int_equal(node_count(one, MESHX_EVENT_LOG, "trying again"), 1);
-    node_free(one);
-    node_free(two);
-    agent_stop(agent);
-}
-
-static void someone_elses_deregistration_is_repaired(void **state) {
-    struct node *node = node_new(shared_agent, "removed@test");
-    node->config.ttl = 900;
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    deregister_other("removed@test");
-    node_wait(node, MESHX_EVENT_LOG, 0, "does not know");
-    node_wait(node, MESHX_EVENT_LOG, 0, "registered again");
-    await(HEALTH, "removed@test", 200, NULL);
-    node_free(node);
-}
-
-static void a_stuck_vm_goes_critical(void **state) {
-    struct node *node = node_new(shared_agent, "stuck@test");
-    node->config.ttl = 900;
-    node->stuck = true;
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    node_wait(node, MESHX_EVENT_LOG, 0, "has not answered");
-    await(HEALTH, "stuck@test", 503, NULL);
-    meshx_mesh_renew(node->mesh);
-    node_wait(node, MESHX_EVENT_LOG, 0, "answers again");
-    await(HEALTH, "stuck@test", 200, NULL);
-    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "has not answered"), 1);
-    node_free(node);
-}
-
-/* The pid a script has written to |path|. */
-static pid_t read_pid(const char *path) {
-    int pid = 0;
-    while (pid == 0) {
-        FILE *file = fopen(path, "re");
-        if (file != NULL) {
-            (void)fscanf(file, "%d\n", &pid); // NOLINT(cert-err34-c)
-            fclose(file);
-        }
-    }
-    return pid;
-}
-
-/* Goes on running when the proxy in it is gone. */
-static void a_deaf_sidecar_is_replaced(void **state) {
-    struct node *node = node_new(shared_agent, "deaf@test");
-    char *directory = agent_make_directory();
-    char script[1024];
-    char pid_file[256];
-    snprintf(pid_file, sizeof pid_file, "%s/pid", directory);
-    snprintf(script, sizeof script,
-             "%s connect proxy -sidecar-for deaf@test & echo $! > %s; wait; exec sleep "
-             "1000",
-             node->command[0], pid_file);
-    node->config.ttl = 900;
-    node->command[0] = "/bin/sh";
-    node->command[1] = "-c";
-    node->command[2] = script;
-    node->command[3] = NULL;
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    const struct meshx_info before = node_info(node)->info;
-    assert_int_equal(kill(read_pid(pid_file), SIGKILL), 0);
-    node_wait(node, MESHX_EVENT_LOG, 0, "others can't reach it");
-    node_wait(node, MESHX_EVENT_LOG, 0, "restarting it at");
-    node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "deaf@test", 200, NULL);
-    const struct meshx_info after = node_info(node)->info;
-    assert_int_not_equal(after.sidecar_port, before.sidecar_port);
-    assert_int_equal(after.registrations, 2);
-    assert_int_equal(after.sidecar_starts, 2);
-    node_free(node);
-    agent_remove_directory(directory);
-}
-
-static void an_external_sidecar_may_come_later(void **state) {
-    struct node *node = node_new(shared_agent, "outside@test");
-    struct node *listener = node_new(shared_agent, "unused@test");
-    node->config.sidecar_command = NULL;
-    node->config.ttl = 900;
-    uint16_t port = agent_free_port();
-    node->config.sidecar_ports = (struct meshx_port_range){port, port};
-    node_open(node, *state);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL);
-    assert_int_equal(node_info(node)->info.sidecar_port, port);
-    assert_int_equal(
-        node_upstream(node, "unused@test", "unused@test", MESHX_UPSTREAM_DIAL)->code,
-        MESHX_ESIDECAR_DOWN);
-    node_wait(node, MESHX_EVENT_LOG, 0, "is it started?");
-    assert_int_equal(status_of(HEALTH, "outside@test"), 503);
-    pid_t proxy = fork();
-    if (proxy == 0) {
-        execle(listener->command[0], listener->command[0], "connect", "proxy",
-               "-log-level", "err", "-sidecar-for", "outside@test", (char *)NULL,
-               (char *const *)listener->environment);
-        _exit(127);
-    }
-    node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "outside@test", 200, NULL);
-    assert_int_equal(kill(proxy, SIGKILL), 0);
-    assert_true(process_wait_gone(proxy));
-    node_free(node);
-    node_free(listener);
-}
-
 /* ---- memory ---- */
+
+/* MESHX_OK or MESHX_ENOMEM, whatever happens in between. */
+static int ask_all(struct node *node) {
+    uint64_t request = 0;
+    int code;
+    do { /* an external sidecar is probed from READY on */
+        node_pause();
+        code = meshx_mesh_upstream(node->mesh, ++request, "target@test", "target@test",
+                                   MESHX_UPSTREAM_DIAL);
+        if (code == MESHX_OK) {
+            code = node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL)->code;
+        }
+    } while (code == MESHX_ESIDECAR_DOWN);
+    int info = meshx_mesh_info(node->mesh, ++request);
+    if (info == MESHX_OK) {
+        info = node_wait(node, MESHX_EVENT_INFO, request, NULL)->code;
+    }
+    return code != MESHX_OK ? code : info;
+}
 
 /* One life of a node service with the |nth| allocation failing. True: it did. */
 static bool live_with_failure(struct meshx_loop *loop, unsigned nth, bool managed) {
-    static const char name[] = "starved@test";
+    char name[32]; /* a new one, for what the last may have left */
+    snprintf(name, sizeof name, "starved%u-%d@test", nth, managed);
     struct node *node = node_new(shared_agent, name);
     struct node *target = node_new(shared_agent, "target@test");
-    uint64_t request = 0;
-    int code;
     node->config.ttl = 600;
     if (!managed) { /* the other's listener stands for a sidecar */
         uint16_t port = target->config.listen_port;
@@ -830,30 +416,25 @@ static bool live_with_failure(struct meshx_loop *loop, unsigned nth, bool manage
         node->config.sidecar_ports = (struct meshx_port_range){port, port};
     }
     allocation_fail(nth);
-    code = node_try_open(node, loop);
-    if (code == MESHX_OK && node_wait_started(node)->type == MESHX_EVENT_READY) {
-        do {
-            code = meshx_mesh_upstream(node->mesh, ++request, "target@test",
-                                       "target@test", MESHX_UPSTREAM_DIAL);
-            if (code == MESHX_OK) {
-                code = node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL)->code;
-            }
-        } while (code == MESHX_ESIDECAR_DOWN);
-        assert_true(code == MESHX_OK || code == MESHX_ENOMEM);
-        code = meshx_mesh_info(node->mesh, ++request);
-        if (code == MESHX_OK) {
-            code = node_wait(node, MESHX_EVENT_INFO, request, NULL)->code;
+    int code = node_try_open(node, loop);
+    if (code == MESHX_OK) {
+        const struct node_event *started = node_wait_started(node);
+        code = started->code;
+        if (started->type == MESHX_EVENT_READY) {
+            code = ask_all(node);
+            meshx_mesh_drain(node->mesh);
         }
-        assert_true(code == MESHX_OK || code == MESHX_ENOMEM);
-        meshx_mesh_drain(node->mesh);
-        code = node_stop(node)->code;
+        /* A process that is not started for want of memory is a failed system call. */
+        assert_true(code == MESHX_OK || code == MESHX_ENOMEM || code == MESHX_ESYSTEM);
+        node_stop(node);
     }
     bool failed = allocation_failed();
     allocation_fail(0);
-    if (code == MESHX_OK || node_count(node, MESHX_EVENT_STOPPED, "still") == 0) {
+    /* With its answer lost, the agent may do a registration after the deregistration. */
+    if (node_count(node, MESHX_EVENT_FAILED, "registering the service:") == 0 &&
+        node_count(node, MESHX_EVENT_UPSTREAM, "registering the service:") == 0 &&
+        node_count(node, MESHX_EVENT_STOPPED, "still registered") == 0) {
         assert_not_registered(name);
-    } else {
-        deregister_other(name); /* no memory to do so */
     }
     node_free(node);
     node_free(target);
@@ -878,8 +459,6 @@ static void every_allocation_may_fail_with_a_sidecar(void **state) {
     live_through_every_failure(*state, true);
 }
 
-#define TEST(name) cmocka_unit_test_setup_teardown(name, start_loop, stop_loop)
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(ready_means_dialable_and_stop_leaves_nothing),
@@ -900,22 +479,8 @@ int main(void) {
         TEST(a_sidecar_that_fails_fails_the_start),
         TEST(without_a_free_port_nothing_is_registered),
         TEST(a_port_lost_in_a_race_is_replaced),
-        TEST(data_passes_both_sidecars),
-        TEST(a_burst_of_upstreams_takes_two_registrations),
-        TEST(each_refusal_says_why_and_leaves_no_upstream),
-        TEST(a_refused_registration_fails_its_requests_only),
-        TEST(requests_before_ready_wait_for_it),
-        TEST(a_killed_sidecar_comes_back),
-        TEST(an_agent_that_forgot_us_is_told_again),
-        TEST(someone_elses_deregistration_is_repaired),
-        TEST(a_stuck_vm_goes_critical),
-        TEST(a_deaf_sidecar_is_replaced),
-        TEST(an_external_sidecar_may_come_later),
         TEST(every_allocation_may_fail),
         TEST(every_allocation_may_fail_with_a_sidecar),
     };
-    signal(SIGPIPE, SIG_IGN);
-    /* MESHX_TEST_FILTER="*stop*" runs some of them. */
-    cmocka_set_test_filter(getenv("MESHX_TEST_FILTER")); // NOLINT(concurrency-mt-unsafe)
-    return cmocka_run_group_tests(tests, start_shared_agent, stop_shared_agent);
+    return RUN_TESTS(tests);
 }

@@ -1,6 +1,7 @@
 #include "node.h"
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +12,7 @@
 
 enum { LIMIT_SECONDS = 60, RENEW_INTERVAL_MS = 100 };
 
-static void pause_shortly(void) {
+void node_pause(void) {
     struct timespec time = {0, 5000000};
     nanosleep(&time, NULL);
 }
@@ -72,7 +73,7 @@ static uint16_t listen_and_echo(struct node *node) {
     assert_int_equal(bind(node->listener, (struct sockaddr *)&address, size), 0);
     assert_int_equal(listen(node->listener, 64), 0);
     assert_int_equal(getsockname(node->listener, (struct sockaddr *)&address, &size), 0);
-    assert_int_equal(pipe(node->wake), 0);
+    assert_int_equal(pipe2(node->wake, O_CLOEXEC), 0);
     assert_int_equal(pthread_create(&node->echo, NULL, echo_main, node), 0);
     return ntohs(address.sin_port);
 }
@@ -321,7 +322,7 @@ void node_wait_agent(const struct agent *agent, const char *path, int status,
         if (right) {
             return;
         }
-        pause_shortly();
+        node_pause();
     }
 }
 
@@ -337,7 +338,7 @@ bool node_echo(uint16_t port) {
             fail_msg("port %u: %s", port, strerror(errno));
         }
         close(fd);
-        pause_shortly();
+        node_pause();
         fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     }
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);

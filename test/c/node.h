@@ -83,6 +83,9 @@ const struct node_event *node_stop(struct node *node);
 void node_wait_agent(const struct agent *agent, const char *path, int status,
                      const char *text);
 
+/* Between two looks at something that can't be waited for. */
+void node_pause(void);
+
 /* Sends some bytes to |port| and awaits their echo. Retries as long as nothing listens
  * there. False: the connection was cut. */
 bool node_echo(uint16_t port);

@@ -59,3 +59,13 @@ int process_descriptors(pid_t pid) {
     closedir(directory);
     return count;
 }
+
+bool process_wait_descriptors(pid_t pid, int count) {
+    for (int waited = 0; waited < PROCESS_DEADLINE_MS; waited++) {
+        if (process_descriptors(pid) == count) {
+            return true;
+        }
+        (void)poll(NULL, 0, 1); /* nothing tells when a process closes something */
+    }
+    return false;
+}

@@ -21,4 +21,7 @@ long process_memory(pid_t pid, const char *field);
 /* How many descriptors it has open, or -1. */
 int process_descriptors(pid_t pid);
 
+/* Waits until it has |count| open. False: it has not within the deadline. */
+bool process_wait_descriptors(pid_t pid, int count);
+
 #endif

@@ -9,7 +9,8 @@
 -module(meshx_ct).
 
 -export([init_suite/1, init_suite/2, end_suite/1, end_case/1, nothing_is_left/1, root/0]).
--export([start/3, start_all/2, vm/2, net_start/2, net_start/3, erl/3, add_agent/2]).
+-export([start/3, start_all/2, vm/2, net_start/2, net_start/3, erl/3]).
+-export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([connect/2, failed_connect/3, service/1, sidecar/1]).
 -export([wait/2, wait/3, mark/1, lines/2, own_lines/2, has_line/3]).
@@ -73,6 +74,17 @@ add_agent(_Config, AgentOptions) ->
     Agent = in_world(fun() -> meshx_ct_agent:start(AgentOptions#{directory => Directory}) end),
     put_item({agent, Number}, Agent),
     Agent.
+
+-spec stop_agent(meshx_ct_agent:agent()) -> ok.
+stop_agent(Agent) ->
+    in_world(fun() -> meshx_ct_agent:stop(Agent) end).
+
+%% An agent that was stopped: at the same address, but it knows nothing.
+-spec restart_agent(meshx_ct_agent:agent()) -> meshx_ct_agent:agent().
+restart_agent(#{http := Http} = Agent) ->
+    Again = in_world(fun() -> meshx_ct_agent:restart(Agent) end),
+    [put_item(Key, Again) || {{agent, _} = Key, #{http := Of}} <- items(), Of =:= Http],
+    Again.
 
 -spec end_suite(config()) -> ok.
 end_suite(_Config) ->
@@ -168,6 +180,8 @@ deregister(Agent, Id) ->
 root() ->
     root(filename:dirname(filename:absname(code:which(?MODULE)))).
 
+root("/") ->
+    error({no_rebar_config_above, code:which(?MODULE)});
 root(Directory) ->
     case filelib:is_regular(filename:join(Directory, "rebar.config")) of
         true -> Directory;
@@ -459,15 +473,19 @@ failed_connect(Node, Other, Pattern) ->
 
 %% Where the log of a node ends now.
 -spec mark(test_node()) -> non_neg_integer().
-mark(#{log := Log}) ->
-    byte_size(read(Log)).
+mark(Node) ->
+    byte_size(read_log(Node)).
 
 %% What was logged since.
 -spec lines(test_node(), non_neg_integer()) -> [binary()].
-lines(#{log := Log} = Node, Mark) ->
-    is_gone(Node) orelse call(Node, logger_std_h, filesync, [default]),
-    <<_:Mark/binary, New/binary>> = read(Log),
+lines(Node, Mark) ->
+    <<_:Mark/binary, New/binary>> = read_log(Node),
     binary:split(New, <<"\n">>, [global, trim]).
+
+%% With all that was logged before.
+read_log(#{log := Log} = Node) ->
+    is_gone(Node) orelse call(Node, logger_std_h, filesync, [default]),
+    read(Log).
 
 %% Only what the carrier itself has to say.
 -spec own_lines(test_node(), non_neg_integer()) -> [binary()].

@@ -4,7 +4,7 @@
 %% Erlang port: when the port or the whole VM goes, so does the agent.
 -module(meshx_ct_agent).
 
--export([start/1, stop/1, url/1, binary/0, free_port/0]).
+-export([start/1, stop/1, restart/1, url/1, binary/0, free_port/0]).
 -export([get/2, put/3, request/4, request/5]).
 -export([services/1, healthy/2, upstreams/2, deny/3, allow/3, delete_intentions/1]).
 -export_type([agent/0]).
@@ -14,6 +14,7 @@
     port := port(),
     process := meshx_ct_proc:process(),
     directory := file:filename(),
+    options := map(),
     token => string()
 }.
 
@@ -30,7 +31,7 @@ start(Options) ->
 %% A port that was free may be taken before Consul binds it: others are tried.
 start(#{directory := Directory} = Options, Tries) ->
     ok = filelib:ensure_path(Directory),
-    [Http, Grpc, Server, Serf] = free_ports(4),
+    [Http, Grpc, Server, Serf] = Ports = maps:get(ports, Options, free_ports(4)),
     Log = filename:join(Directory, "agent.log"),
     Arguments = [
         "-c",
@@ -63,6 +64,7 @@ start(#{directory := Directory} = Options, Tries) ->
             {Port, {data, {eol, Line}}} -> list_to_integer(Line)
         end,
     Agent = maps:merge(maps:with([token], Options), #{
+        options => Options#{ports => Ports},
         http => Http, port => Port, directory => Directory, process => meshx_ct_proc:find(OsPid)
     }),
     case has_leader(Agent, erlang:monotonic_time(millisecond) + 60000) of
@@ -103,6 +105,11 @@ has_leader(#{process := Process} = Agent, Deadline) ->
 stop(#{port := Port, process := Process}) ->
     catch port_close(Port),
     Process =:= none orelse gone(Process, 250).
+
+%% At the same ports, after stop/1, without any state.
+-spec restart(agent()) -> agent().
+restart(#{options := Options}) ->
+    start(Options, 1).
 
 gone(Process, 0) ->
     meshx_ct_proc:signal(Process, "KILL"),
@@ -226,6 +233,13 @@ intend(Agent, Source, Destination, Action) ->
         {200, _} ->
             ok;
         {_, _} ->
+            [
+                delete_intention(Agent, Intention)
+             || #{<<"SourceName">> := From, <<"DestinationName">> := To} = Intention <- get(
+                    Agent, "/v1/connect/intentions"
+                ),
+                {From, To} =:= {Source, Destination}
+            ],
             {ok, Whole} = meshx_node_json:encode(#{
                 <<"SourceName">> => Source,
                 <<"DestinationName">> => Destination,

@@ -57,7 +57,7 @@ init_per_suite(Config) ->
     run(Config, Directory, [
         "mkdir source home && cd source",
         " && tar -C '", meshx_ct:root(), "' --exclude=./_build --exclude=./.git -cf - . | tar -xf -",
-        " && git init -q && git add -A",
+        " && git init -q -b main && git add -A",
         " && git -c user.name=test -c user.email=test@localhost commit -q -m source"
     ]),
     [{directory, Directory}, {source, Source} | Config].
@@ -94,6 +94,7 @@ iex(Config) ->
         "iex -pa _build/dev/lib/meshx_node/ebin --erl \"-proto_dist Elixir.MeshxNode\" -S mix"
     end).
 
+%% The node has its name at boot, where only erl's own -pa is in time.
 mix_git(Config) ->
     Dependency = ["{:meshx_node, git: \"file://", ?config(source, Config), "\"}"],
     Project = template(mix_project, Dependency, Config),
@@ -101,14 +102,14 @@ mix_git(Config) ->
     native_files(Project, "_build/dev/lib/meshx_node"),
     two_nodes(Config, (?IEX)#shell{start = undefined}, fun(N) ->
         io_lib:format(
-            "iex -pa _build/dev/lib/meshx_node/ebin --erl \"-proto_dist meshx_node\" "
+            "iex --erl \"-pa _build/dev/lib/meshx_node/ebin -proto_dist meshx_node\" "
             "--name node~b@myhost -S mix",
             [N]
         )
     end).
 
 rebar3_git(Config) ->
-    Dependency = ["{meshx_node, {git, \"file://", ?config(source, Config), "\", {branch, \"HEAD\"}}}"],
+    Dependency = ["{meshx_node, {git, \"file://", ?config(source, Config), "\", {branch, \"main\"}}}"],
     Project = template(rebar3_project, Dependency, Config),
     run(Config, Project, "rebar3 compile"),
     native_files(Project, "_build/default/lib/meshx_node"),
