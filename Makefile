@@ -117,7 +117,7 @@ lint-clang:
 lint-format:
 	@clang-format --dry-run -Werror $(C_FILES)
 lint-tidy:
-	@printf '%s\n' $(C_SOURCES) | xargs -P 2 -I {} clang-tidy --quiet {} -- $(LINT_CFLAGS)
+	@printf '%s\n' $(C_SOURCES) | xargs -P 2 -I {} sh -c 'clang-tidy --quiet {} -- $(LINT_CFLAGS) 2>/dev/null'
 lint-cppcheck:
 	@cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 		--error-exitcode=1 --suppress=missingIncludeSystem -j 2 \

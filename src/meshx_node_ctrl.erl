@@ -178,14 +178,15 @@ next_pause(Pause) ->
     min(2 * Pause, ?DIAL_PAUSE_MAX).
 
 %% A connection counts when its first packet has come: proxies dial us before they have
-%% authenticated anyone, and health checks dial and leave.
+%% authenticated anyone, and health checks dial and leave. dist_util crashes on a packet that
+%% isn't built like this, the first one of every handshake since OTP 25.
 -spec init_accepted(pid(), meshx_node_nif:socket()) -> no_return() | ok.
 init_accepted(Kernel, Link) ->
     receive
         {_Acceptor, yours} -> ok
     end,
     case read_packet(Link, ?FIRST_PACKET_TIME) of
-        {ok, <<$N, _/binary>> = First} ->
+        {ok, <<$N, _Flags:64, _Creation:32, Size:16, _Name:Size/binary, _/binary>> = First} ->
             accepted(Kernel, Link, First);
         {ok, _} ->
             stranger(Link);

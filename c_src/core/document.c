@@ -232,16 +232,29 @@ static int add_check(json_t *checks, const struct document_registration *registr
                      const char *id, const char *name, struct meshx_failure *failure) {
     json_error_t error;
     char ttl[16];
-    char after[16];
     snprintf(ttl, sizeof ttl, "%lums", (unsigned long)registration->ttl);
-    snprintf(after, sizeof after, "%lums", (unsigned long)registration->deregister_after);
-    json_t *check = json_pack_ex(&error, 0, "{s:s, s:s, s:s, s:s, s:s}", "CheckID", id,
-                                 "Name", name, "TTL", ttl, "Status", "critical",
-                                 "DeregisterCriticalServiceAfter", after);
+    json_t *check = json_pack_ex(&error, 0, "{s:s, s:s, s:s, s:s}", "CheckID", id, "Name",
+                                 name, "TTL", ttl, "Status", "critical");
     if (check == NULL) {
         return pack_failure(failure, &error, id);
     }
     return json_array_append_new(checks, check) == 0 ? MESHX_OK : out_of_memory(failure);
+}
+
+/* The VM's check also ends what a crash leaves behind. The sidecar's must not: that would
+ * take away the sidecar's registration alone. */
+static int add_vm_check(json_t *checks, const struct document_registration *registration,
+                        struct meshx_failure *failure) {
+    char after[16];
+    snprintf(after, sizeof after, "%lums", (unsigned long)registration->deregister_after);
+    int result =
+        add_check(checks, registration, registration->vm_check_id, "Erlang VM", failure);
+    if (result == MESHX_OK &&
+        json_object_set_new(json_array_get(checks, 0), "DeregisterCriticalServiceAfter",
+                            json_string(after)) != 0) {
+        result = out_of_memory(failure);
+    }
+    return result;
 }
 
 static int add_upstream(json_t *upstreams, const struct document_upstream *upstream,
@@ -263,23 +276,26 @@ static int add_upstream(json_t *upstreams, const struct document_upstream *upstr
 }
 
 /*
- * The document without the template. The service has no Address: its sidecar would
+ * The document without the template. The sidecar has a check of its own, for it alone is
+ * what others look for; an alias of the service's checks, the usual way, is told of their
+ * changes by a notice that gets lost now and then, and then lags by a minute
+ * (agent/checks/alias.go). The service has no Address: its sidecar would
  * inherit it and listen there instead of at all addresses (agent/sidecar_service.go).
  */
 static int pack_document(const struct document_registration *registration, json_t *checks,
-                         json_t *upstreams, json_t **out, struct meshx_failure *failure) {
+                         json_t *sidecar_checks, json_t *upstreams, json_t **out,
+                         struct meshx_failure *failure) {
     json_error_t error;
     json_t *document = json_pack_ex(
         &error, 0,
         "{s:s, s:s, s:i, s:{s:s}, s:O,"
-        " s:{s:{s:i, s:[{s:s, s:s}], s:{s:s, s:i, s:O}}}}",
+        " s:{s:{s:i, s:O, s:{s:s, s:i, s:O}}}}",
         "ID", registration->service_id, "Name", registration->service_name, "Port",
         (int)registration->listen_port, "Meta", DOCUMENT_META_NODE, registration->node,
         "Checks", checks, "Connect", "SidecarService", "Port",
-        (int)registration->sidecar_port, "Checks", "Name", "Alias of the node service",
-        "AliasService", registration->service_id, "Proxy", "LocalServiceAddress",
-        reachable(registration->listen_address), "LocalServicePort",
-        (int)registration->listen_port, "Upstreams", upstreams);
+        (int)registration->sidecar_port, "Checks", sidecar_checks, "Proxy",
+        "LocalServiceAddress", reachable(registration->listen_address),
+        "LocalServicePort", (int)registration->listen_port, "Upstreams", upstreams);
     if (document == NULL) {
         return pack_failure(failure, &error, registration->service_id);
     }
@@ -331,11 +347,12 @@ int document_registration(const struct document_registration *registration, char
     json_t *service_template = NULL;
     json_t *upstream_template = NULL;
     json_t *checks = json_array();
+    json_t *sidecar_checks = json_array();
     json_t *upstreams = json_array();
     json_t *document = NULL;
     const struct place place = {NULL, "service_template"};
     int result = MESHX_OK;
-    if (checks == NULL || upstreams == NULL) {
+    if (checks == NULL || sidecar_checks == NULL || upstreams == NULL) {
         result = out_of_memory(failure);
         goto done;
     }
@@ -346,11 +363,10 @@ int document_registration(const struct document_registration *registration, char
                                &upstream_template, failure);
     }
     if (result == MESHX_OK) {
-        result = add_check(checks, registration, registration->vm_check_id, "Erlang VM",
-                           failure);
+        result = add_vm_check(checks, registration, failure);
     }
     if (result == MESHX_OK) {
-        result = add_check(checks, registration, registration->sidecar_check_id,
+        result = add_check(sidecar_checks, registration, registration->sidecar_check_id,
                            "Connect sidecar", failure);
     }
     for (size_t i = 0; i < registration->upstream_count && result == MESHX_OK; i++) {
@@ -358,7 +374,8 @@ int document_registration(const struct document_registration *registration, char
                               failure);
     }
     if (result == MESHX_OK) {
-        result = pack_document(registration, checks, upstreams, &document, failure);
+        result = pack_document(registration, checks, sidecar_checks, upstreams, &document,
+                               failure);
     }
     if (result == MESHX_OK && service_template != NULL) {
         result = merge(document, service_template, &place, failure);
@@ -370,6 +387,7 @@ int document_registration(const struct document_registration *registration, char
 done:
     json_decref(document);
     json_decref(upstreams);
+    json_decref(sidecar_checks);
     json_decref(checks);
     json_decref(upstream_template);
     json_decref(service_template);

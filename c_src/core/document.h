@@ -28,8 +28,8 @@ struct document_registration {
     uint16_t listen_port;
     const char *sidecar_address; /* NULL: left out */
     uint16_t sidecar_port;
-    const char *vm_check_id;
-    const char *sidecar_check_id;
+    const char *vm_check_id;       /* of the service */
+    const char *sidecar_check_id;  /* of the sidecar */
     uint32_t ttl;                  /* milliseconds */
     uint32_t deregister_after;     /* milliseconds */
     const char *service_template;  /* JSON object text or NULL */
@@ -39,10 +39,10 @@ struct document_registration {
 };
 
 /*
- * Writes the registration to |*out| (new: caller frees with free()). Both TTL checks
- * begin critical; the sidecar's one check is an alias of the service. The template is
- * merged recursively: objects merge, its other values are added where ours has none; ours
- * win for what the carrier depends on (ID, Name, Port, Meta.node, checks, sidecar port,
+ * Writes the registration to |*out| (new: caller frees with free()). Service
+ * and sidecar have one TTL check each; both begin critical. The template is merged
+ * recursively: objects merge, its other values are added where ours has none; ours win
+ * for what the carrier depends on (ID, Name, Port, Meta.node, checks, sidecar port,
  * upstreams), arrays "Checks" and "Upstreams" and "Tags" are joined. Returns MESHX_OK,
  * MESHX_ENOMEM or MESHX_ECONFIG (a template is not a JSON object).
  */

@@ -2,10 +2,11 @@
  * Keeps a node service healthy: heartbeats, the sidecar's life, the agent's absence. L4,
  * control thread only.
  *
- * A check is passed only while what it stands for was just seen alive: the VM's lease was
- * renewed, the sidecar's public port accepted a probe. Whatever happens is logged when it
- * changes, never again at every heartbeat, and what fails at the agent is retried within
- * a second, so that its return is noticed at once.
+ * A check is passed only while what it stands for was just seen alive. The service's is
+ * passed while the VM's lease was renewed; the sidecar's, which decides whether others
+ * dial us, while moreover its public port accepts a probe. Whatever happens is logged
+ * when it changes, never again at every heartbeat, and what fails at the agent is retried
+ * within a second, so that its return is noticed at once.
  */
 #include "error.h"
 #include "mesh_internal.h"
@@ -149,7 +150,7 @@ void mesh_check_both(struct mesh *mesh) {
         return;
     }
     check_vm(mesh);
-    if (mesh->sidecar_accepts) {
+    if (mesh->sidecar_accepts && !mesh->lease_lapsed) {
         mesh_check_set(&mesh->sidecar_check, CONSUL_PASS, "the sidecar accepts");
     }
 }
@@ -188,7 +189,7 @@ static void on_accepts(struct mesh *mesh) {
     }
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_accepts(mesh);
-    } else if (!mesh->draining) {
+    } else if (!mesh->draining && !mesh->lease_lapsed) {
         mesh_check_set(&mesh->sidecar_check, CONSUL_PASS, "the sidecar accepts");
     }
 }

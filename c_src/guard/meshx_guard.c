@@ -301,7 +301,8 @@ static bool reap(struct guard *guard) {
         }
         reaped = true;
         if (ended.si_pid == guard->sidecar) {
-            /* Before it is reaped: until then nobody else can have its group's number. */
+            /* Before it is reaped: until then nobody else can have its group's number.
+             * kill_children() would do it step by step, but needs /proc. */
             kill(-guard->sidecar, SIGKILL);
             waitpid(guard->sidecar, &guard->status, 0);
             guard->sidecar = 0;

@@ -57,10 +57,14 @@ epmd_port(Config) ->
 start_epmd() ->
     Number = meshx_ct_agent:free_port(),
     _ = open_port({spawn_executable, "/bin/sh"}, [
-        {args, ["-c", "epmd -port $0 & cat >/dev/null; kill $!", integer_to_list(Number)]},
-        nouse_stdio,
-        in
+        {args, ["-c", "epmd -port $0 </dev/null >/dev/null 2>&1 & cat >/dev/null; kill $!", integer_to_list(Number)]}
     ]),
+    meshx_ct:wait("epmd", fun() ->
+        case gen_tcp:connect({127, 0, 0, 1}, Number, []) of
+            {ok, Socket} -> gen_tcp:close(Socket) =:= ok;
+            {error, _} -> false
+        end
+    end),
     Number.
 
 group(Name, Config) ->

@@ -34,10 +34,7 @@ figures() ->
 round(Config, Carrier, Round) ->
     Names = [list_to_atom(lists:concat([Name, Round])) || Name <- [one, two]],
     Vms = [meshx_ct:vm(Config, options(Config, Carrier)) || _ <- Names],
-    Starts = [
-        timed(Vm, net_kernel, start, [[Name, shortnames]])
-     || {Vm, Name} <- lists:zip(Vms, Names)
-    ],
+    Starts = [start(Vm, Name) || {Vm, Name} <- lists:zip(Vms, Names)],
     [One, Two] = Vms,
     Other = meshx_ct:node_name(lists:last(Names)),
     First = connect(One, Other),
@@ -53,7 +50,7 @@ round(Config, Carrier, Round) ->
     lists:foreach(fun meshx_ct:stop/1, Vms),
     map_size(Left) =:= 0 orelse error({left_in_consul, maps:keys(Left)}),
     #{
-        start => [Time || {Time, {ok, _}} <- Starts],
+        start => Starts,
         first_connect => [First],
         later_connect => Later,
         stop => [Time || {Time, ok} <- Stops]
@@ -67,6 +64,12 @@ options(Config, inet_tcp) ->
     };
 options(_Config, meshx_node) ->
     #{scope => suite}.
+
+start(Vm, Name) ->
+    case timed(Vm, net_kernel, start, [[Name, shortnames]]) of
+        {Time, {ok, _}} -> Time;
+        {_, Error} -> error({start, Name, Error})
+    end.
 
 connect(Vm, Node) ->
     case timed(Vm, net_kernel, connect_node, [Node]) of

@@ -32,21 +32,21 @@ static struct document_registration base(void) {
 
 #define CHECKS                                                                           \
     "{\"CheckID\":\"node1@a:vm\",\"Name\":\"Erlang VM\",\"TTL\":\"15000ms\","            \
-    "\"Status\":\"critical\",\"DeregisterCriticalServiceAfter\":\"60000ms\"},"           \
+    "\"Status\":\"critical\",\"DeregisterCriticalServiceAfter\":\"60000ms\"}"
+#define SIDECAR_CHECKS                                                                   \
     "{\"CheckID\":\"node1@a:sidecar\",\"Name\":\"Connect sidecar\","                     \
-    "\"TTL\":\"15000ms\",\"Status\":\"critical\","                                       \
-    "\"DeregisterCriticalServiceAfter\":\"60000ms\"}"
-#define ALIAS "{\"Name\":\"Alias of the node service\",\"AliasService\":\"node1@a\"}"
+    "\"TTL\":\"15000ms\",\"Status\":\"critical\"}"
 #define UPSTREAMS                                                                        \
     "{\"DestinationName\":\"node2@b\",\"LocalBindAddress\":\"127.0.0.1\","               \
     "\"LocalBindPort\":20001},"                                                          \
     "{\"DestinationName\":\"node3@c\",\"LocalBindAddress\":\"127.0.0.1\","               \
     "\"LocalBindPort\":20002}"
 /* The document with more in its objects and arrays; each begins with a comma. */
-#define DOCUMENT(META, CHECK, SIDECAR, ALIAS2, PROXY, UPSTREAM, CONNECT, TOP)            \
+#define DOCUMENT(META, CHECK, SIDECAR, SIDECAR_CHECK, PROXY, UPSTREAM, CONNECT, TOP)     \
     "{\"ID\":\"node1@a\",\"Name\":\"name1\",\"Port\":4370,"                              \
     "\"Meta\":{\"node\":\"node1@a\"" META "},\"Checks\":[" CHECKS CHECK "],"             \
-    "\"Connect\":{\"SidecarService\":{\"Port\":21500,\"Checks\":[" ALIAS ALIAS2 "],"     \
+    "\"Connect\":{\"SidecarService\":{\"Port\":21500,\"Checks\":[" SIDECAR_CHECKS        \
+        SIDECAR_CHECK "],"                                                               \
     "\"Proxy\":{\"LocalServiceAddress\":\"127.0.0.1\",\"LocalServicePort\":4370,"        \
     "\"Upstreams\":[" UPSTREAM "]" PROXY "}" SIDECAR "}" CONNECT "}" TOP "}"
 

@@ -5,6 +5,7 @@
  */
 #include "support.h"
 
+#include "agent.h"
 #include "process.h"
 #include "record.h"
 
@@ -17,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -584,10 +586,22 @@ static void reports_the_end_when_all_room_is_taken(void **state) {
     if (geteuid() != 0) {
         skip(); /* can't see the guard's descriptors */
     }
-    start_shell(&guarded, TIMEOUT, "yes | head -c 3000000; exec sleep 1000 >&- 2>&-");
-    expect_started(&guarded);
+    char *directory = agent_make_directory();
+    char gate[256];
+    char script[512];
+    snprintf(gate, sizeof gate, "%s/gate", directory);
+    snprintf(script, sizeof script,
+             "read go < %s; yes | head -c 3000000; exec sleep 1000 >&- 2>&-", gate);
+    assert_int_equal(mkfifo(gate, 0600), 0);
+    start_shell(&guarded, TIMEOUT, script);
+    pid_t sidecar = expect_started(&guarded);
+    int go = open(gate, O_WRONLY | O_CLOEXEC); /* from here on nobody reads */
+    assert_int_equal(write(go, "\n", 1), 1);
+    close(go);
+    agent_remove_directory(directory);
     assert_true(process_wait_descriptors(guarded.guard, 5)); /* without the two pipes */
     ask_to_stop(&guarded);
+    assert_true(process_wait_gone(sidecar));
     while (next(&guarded, &record) && record.type != GUARD_EXITED) {
     }
     assert_int_equal(record.type, GUARD_EXITED);

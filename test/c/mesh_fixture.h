@@ -28,6 +28,7 @@ void use_test_filter(void);
 /* Paths of the agent's API, for a service's ID or name. */
 #define SERVICE "/v1/agent/service/%s"
 #define HEALTH "/v1/agent/health/service/id/%s"
+#define SIDECAR_HEALTH "/v1/agent/health/service/id/%s-sidecar-proxy"
 #define DIALABLE "/v1/health/connect/%s?passing"
 /* Those checks with an ID that are critical. */
 #define CRITICAL                                                                         \

@@ -191,7 +191,7 @@ static void a_killed_sidecar_comes_back(void **state) {
         node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_DIAL)->port;
     assert_int_equal(kill(first, SIGKILL), 0);
     node_wait(node, MESHX_EVENT_LOG, 0, "restarted in 2000 ms");
-    await(HEALTH, "killed@test", 503, NULL);
+    await(SIDECAR_HEALTH, "killed@test", 503, NULL);
     assert_int_equal(
         node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_DIAL)->code,
         MESHX_ESIDECAR_DOWN);
@@ -200,7 +200,7 @@ static void a_killed_sidecar_comes_back(void **state) {
         MESHX_OK);
 
     node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "killed@test", 200, NULL);
+    await(SIDECAR_HEALTH, "killed@test", 200, NULL);
     const struct meshx_info info = node_info(node)->info;
     assert_int_equal(info.sidecar_starts, 2);
     assert_int_not_equal(info.sidecar_pid, first);
@@ -248,7 +248,7 @@ static void someone_elses_deregistration_is_repaired(void **state) {
     deregister_other("removed@test");
     node_wait(node, MESHX_EVENT_LOG, 0, "does not know");
     node_wait(node, MESHX_EVENT_LOG, 0, "registered again");
-    await(HEALTH, "removed@test", 200, NULL);
+    await(SIDECAR_HEALTH, "removed@test", 200, NULL);
     node_free(node);
 }
 
@@ -260,9 +260,11 @@ static void a_stuck_vm_goes_critical(void **state) {
     node_wait(node, MESHX_EVENT_READY, 0, NULL);
     node_wait(node, MESHX_EVENT_LOG, 0, "has not answered");
     await(HEALTH, "stuck@test", 503, NULL);
+    await(SIDECAR_HEALTH, "stuck@test", 503, NULL);
     meshx_mesh_renew(node->mesh);
     node_wait(node, MESHX_EVENT_LOG, 0, "answers again");
     await(HEALTH, "stuck@test", 200, NULL);
+    await(SIDECAR_HEALTH, "stuck@test", 200, NULL);
     assert_int_equal(node_count(node, MESHX_EVENT_LOG, "has not answered"), 1);
     node_free(node);
 }
@@ -303,7 +305,7 @@ static void a_deaf_sidecar_is_replaced(void **state) {
     node_wait(node, MESHX_EVENT_LOG, 0, "others can't reach it");
     node_wait(node, MESHX_EVENT_LOG, 0, "restarting it at");
     node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "deaf@test", 200, NULL);
+    await(SIDECAR_HEALTH, "deaf@test", 200, NULL);
     const struct meshx_info after = node_info(node)->info;
     assert_int_not_equal(after.sidecar_port, before.sidecar_port);
     assert_int_equal(after.registrations, 2);
@@ -326,7 +328,7 @@ static void an_external_sidecar_may_come_later(void **state) {
         node_upstream(node, "unused@test", "unused@test", MESHX_UPSTREAM_DIAL)->code,
         MESHX_ESIDECAR_DOWN);
     node_wait(node, MESHX_EVENT_LOG, 0, "is it started?");
-    assert_int_equal(status_of(HEALTH, "outside@test"), 503);
+    assert_int_equal(status_of(SIDECAR_HEALTH, "outside@test"), 503);
     pid_t proxy = fork();
     if (proxy == 0) {
         execle(listener->command[0], listener->command[0], "connect", "proxy",
@@ -335,7 +337,7 @@ static void an_external_sidecar_may_come_later(void **state) {
         _exit(127);
     }
     node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(HEALTH, "outside@test", 200, NULL);
+    await(SIDECAR_HEALTH, "outside@test", 200, NULL);
     assert_int_equal(kill(proxy, SIGKILL), 0);
     assert_true(process_wait_gone(proxy));
     node_free(node);

@@ -1,6 +1,9 @@
 #include "support.h"
+#include <dlfcn.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static atomic_uint countdown;
 static atomic_bool failed;
@@ -49,3 +52,27 @@ void *__wrap_realloc(void *pointer, size_t size) {
 char *__wrap_strdup(const char *text) {
     return refuse() ? NULL : __real_strdup(text);
 }
+
+#ifdef __SANITIZE_THREAD__
+/*
+ * libuv closes descriptors by syscall(SYS_close, fd), which ThreadSanitizer does not see:
+ * when another thread then gets the same number from the kernel, it reports a race that
+ * is none (github.com/google/sanitizers/issues/1376). This takes syscall()'s place for
+ * libuv and lets it see.
+ */
+long syscall(long number, ...) {
+    long arguments[6];
+    va_list list;
+    va_start(list, number);
+    for (int i = 0; i < 6; i++) {
+        arguments[i] = va_arg(list, long);
+    }
+    va_end(list);
+    if (number == SYS_close) {
+        return close((int)arguments[0]);
+    }
+    long (*real)(long, ...) = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    return real(number, arguments[0], arguments[1], arguments[2], arguments[3],
+                arguments[4], arguments[5]);
+}
+#endif

@@ -19,7 +19,7 @@
 }.
 
 -define(SCRIPT,
-    "log=$1; shift; \"$@\" >\"$log\" 2>&1 </dev/null & echo $!; cat >/dev/null; kill $!; wait $!"
+    "log=$1; shift; \"$@\" >\"$log\" 2>&1 </dev/null & echo $!; cat >/dev/null; kill $! 2>/dev/null; wait $!"
 ).
 
 %% The calling process owns the agent. Directory is the agent's own. `config' is HCL, `token' is

@@ -101,7 +101,7 @@ wrong_agent_addresses(Config) ->
 answers_that_are_no_agent(Config) ->
     Vm = meshx_ct:vm(Config, #{}),
     Answers = [
-        {"HTTP/1.1 500 Oh\r\nContent-Length: 13\r\n\r\nno idea at all", "no idea"},
+        {"HTTP/1.1 500 Oh\r\nContent-Length: 14\r\n\r\nno idea at all", "500 no idea at all"},
         {"HTTP/1.1 403 No\r\nContent-Length: 17\r\n\r\nPermission denied", "Permission denied"},
         {"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot found", ""},
         {"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n{\"a\": [1", ""},

@@ -22,7 +22,7 @@
 }).
 
 -define(ERL, #shell{
-    prompt = "1> $",
+    prompt = "1> ",
     connect = {"net_kernel:connect_node(node2@myhost).", "^true$"},
     work =
         {"spawn(node2@myhost, uses_meshx_node, answer, [self()]), receive X -> X end.",
@@ -32,7 +32,7 @@
 }).
 
 -define(IEX, #shell{
-    prompt = "iex(\\(node.@myhost\\))?\\(1\\)> $",
+    prompt = "^iex\\(.*1\\)?> ",
     start = "Node.start(:node~b@myhost)",
     connect = {"Node.connect(:node2@myhost)", "^true$"},
     work =

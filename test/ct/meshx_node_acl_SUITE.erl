@@ -1,0 +1,127 @@
+%% An agent that denies by default: without a token nothing works and the refusal is named, with
+%% the README's smallest policy everything does.
+-module(meshx_node_acl_SUITE).
+
+-compile([export_all, nowarn_export_all]).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-define(MASTER, "11111111-2222-3333-4444-555555555555").
+
+all() ->
+    [
+        no_token,
+        no_token_at_boot,
+        unknown_token,
+        smallest_policy,
+        token_from_a_file,
+        token_never_shows,
+        nobody_is_allowed_without_an_intention,
+        nothing_is_left
+    ].
+
+init_per_suite(Config) ->
+    Acl = "acl { enabled = true default_policy = \"deny\" tokens { master = \"" ?MASTER "\" } }",
+    Config1 = meshx_ct:init_suite(Config, #{config => Acl, token => ?MASTER}),
+    Agent = proplists:get_value(agent, Config1),
+    meshx_ct:wait("the token to work", fun() ->
+        element(1, meshx_ct_agent:request(Agent, "GET", "/v1/acl/tokens", <<>>)) =:= 200
+    end),
+    Config1.
+
+end_per_suite(Config) -> meshx_ct:end_suite(Config).
+
+end_per_testcase(_, Config) ->
+    meshx_ct_agent:delete_intentions(proplists:get_value(agent, Config)),
+    meshx_ct:end_case(Config).
+
+nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
+
+%% A token with the rights a node needs and no other.
+token(Config, Name) ->
+    Agent = proplists:get_value(agent, Config),
+    Node = atom_to_binary(meshx_ct:node_name(Name)),
+    Rules = [
+        ["service \"", Node, "\" { policy = \"write\" }\n"],
+        ["service \"", Node, "-sidecar-proxy\" { policy = \"write\" }\n"],
+        "service_prefix \"\" { policy = \"read\" }\n"
+        "node_prefix \"\" { policy = \"read\" }\n"
+    ],
+    Policy = <<"policy-", (integer_to_binary(erlang:unique_integer([positive])))/binary>>,
+    meshx_ct_agent:put(Agent, "/v1/acl/policy", #{<<"Name">> => Policy, <<"Rules">> => iolist_to_binary(Rules)}),
+    {ok, #{<<"SecretID">> := Secret}} = meshx_node_json:decode(
+        meshx_ct_agent:put(Agent, "/v1/acl/token", #{<<"Policies">> => [#{<<"Name">> => Policy}]})
+    ),
+    binary_to_list(Secret).
+
+with_token(Config, Name) ->
+    meshx_ct:start(Config, Name, #{env => [{"CONSUL_HTTP_TOKEN", token(Config, Name)}]}).
+
+allow(Config, #{node := From}, #{node := To}) ->
+    meshx_ct_agent:allow(proplists:get_value(agent, Config), atom_to_binary(From), atom_to_binary(To)).
+
+refused(Vm, Pattern) ->
+    Mark = meshx_ct:mark(Vm),
+    {error, _} = meshx_ct:net_start(Vm, refused, []),
+    ?assert(meshx_ct:has_line(Vm, Mark, ["^error: meshx_node: node refused@.* does not start: .*", Pattern])),
+    ?assertEqual([], meshx_ct:watch(Vm)),
+    ?assertEqual(none, meshx_ct:service(Vm#{node := meshx_ct:node_name(refused)})).
+
+no_token(Config) ->
+    Vm = meshx_ct:vm(Config, #{}),
+    refused(Vm, "403 .*Permission denied.*CONSUL_HTTP_TOKEN"),
+    meshx_ct:call(Vm, os, putenv, ["CONSUL_HTTP_TOKEN", token(Config, refused)]),
+    meshx_ct:net_start(Vm, refused).
+
+no_token_at_boot(Config) ->
+    {Status, Output} = meshx_ct:erl(Config, ["-sname", "refused"], #{}),
+    ?assert(is_integer(Status) andalso Status =/= 0),
+    ?assertMatch({match, _}, re:run(Output, "meshx_node: node refused@.* does not start: .*403 ")).
+
+unknown_token(Config) ->
+    Secret = "00000000-dead-beef-0000-000000000000",
+    Vm = meshx_ct:vm(Config, #{env => [{"CONSUL_HTTP_TOKEN", Secret}]}),
+    refused(Vm, "403 .*ACL not found").
+
+smallest_policy(Config) ->
+    [One, Two] = [with_token(Config, Name) || Name <- [one, two]],
+    allow(Config, One, Two),
+    ?assert(meshx_ct:connect(One, Two)),
+    ?assertEqual(maps:get(node, Two), meshx_ct:call(One, erpc, call, [maps:get(node, Two), erlang, node, []])),
+    meshx_ct:failed_connect(One, meshx_ct:node_name(nobody), "is not registered in Consul").
+
+%% Also one that changes while the node runs: it is read for every request.
+token_from_a_file(Config) ->
+    File = filename:join(maps:get(directory, proplists:get_value(agent, Config)), "token"),
+    ok = file:write_file(File, [token(Config, filed), "\n"]),
+    Node = meshx_ct:start(Config, filed, #{env => [{"CONSUL_HTTP_TOKEN_FILE", File}]}),
+    Other = with_token(Config, other),
+    allow(Config, Node, Other),
+    ?assert(meshx_ct:connect(Node, Other)),
+    ?assert(meshx_ct:call(Node, erlang, disconnect_node, [maps:get(node, Other)])),
+    ok = file:write_file(File, "00000000-dead-beef-0000-000000000000"),
+    ?assertMatch({error, {agent_acl, _}}, meshx_ct:call(Node, meshx_node, explain, [maps:get(node, Other)])),
+    %% Without it the node could not even deregister.
+    ok = file:write_file(File, token(Config, filed)).
+
+%% Neither in the log nor in the arguments of any process.
+token_never_shows(Config) ->
+    Secret = token(Config, secretive),
+    #{log := Log} = Node = meshx_ct:start(Config, secretive, #{env => [{"CONSUL_HTTP_TOKEN", Secret}]}),
+    meshx_ct:failed_connect(Node, meshx_ct:node_name(nobody), "is not registered"),
+    {ok, Logged} = file:read_file(Log),
+    ?assertEqual(nomatch, binary:match(Logged, list_to_binary(Secret))),
+    [_, _ | _] = Processes = meshx_ct:watch(Node),
+    [
+        begin
+            {ok, Arguments} = file:read_file(lists:concat(["/proc/", meshx_ct_proc:pid(Process), "/cmdline"])),
+            ?assertEqual(nomatch, binary:match(Arguments, list_to_binary(Secret)))
+        end
+     || Process <- Processes
+    ].
+
+nobody_is_allowed_without_an_intention(Config) ->
+    [One, Two] = [with_token(Config, Name) || Name <- [one, two]],
+    meshx_ct:failed_connect(One, Two, "intention.*one@.* => two@"),
+    allow(Config, One, Two),
+    ?assert(meshx_ct:connect(One, Two)).

@@ -1,0 +1,246 @@
+%% Whoever connects to a node's listener and is no node, or a broken one, loses that connection
+%% and harms nothing else. b is linked to a all the while, and that link must not even flicker.
+-module(meshx_node_stranger_SUITE).
+
+-compile([export_all, nowarn_export_all]).
+
+-include_lib("stdlib/include/assert.hrl").
+
+all() ->
+    [
+        connects_and_leaves,
+        sends_no_handshake,
+        lies_about_lengths,
+        breaks_the_handshake,
+        stays_silent,
+        arrives_in_masses,
+        comes_through_the_sidecar_port,
+        node_sends_what_is_no_term,
+        nothing_is_left
+    ].
+
+init_per_suite(Config) ->
+    Config1 = meshx_ct:init_suite(Config),
+    [A, B] = meshx_ct:start_all(Config1, [a, b]),
+    ?assert(meshx_ct:connect(B, A)),
+    meshx_ct:call(A, meshx_ct_there, watch, [[]]),
+    {ok, Info} = meshx_ct:call(A, meshx_node, info, []),
+    [{a, A}, {b, B}, {info, Info} | Config1].
+
+end_per_suite(Config) -> meshx_ct:end_suite(Config).
+
+init_per_testcase(_, Config) ->
+    [{mark, meshx_ct:mark(proplists:get_value(a, Config))} | Config].
+
+end_per_testcase(nothing_is_left, Config) ->
+    meshx_ct:end_case(Config);
+end_per_testcase(_, Config) ->
+    %% The link is the one it was, and no process of the node has crashed.
+    {A, #{node := NameB}} = actors(Config),
+    Lines = meshx_ct:lines(A, proplists:get_value(mark, Config)),
+    Found = #{
+        seen => [Event || {_, Node} = Event <- meshx_ct:call(A, meshx_ct_there, seen, []), Node =:= NameB],
+        nodes => meshx_ct:call(A, erlang, nodes, []),
+        rpc => meshx_ct:call(A, erpc, call, [NameB, erlang, node, []]),
+        crashes => [Line || Line <- Lines, re:run(Line, "CRASH|[Cc]rash|Error in process|badmatch") =/= nomatch]
+    },
+    case Found of
+        #{seen := [], nodes := [NameB], rpc := NameB, crashes := []} -> meshx_ct:end_case(Config);
+        _ -> {fail, Found}
+    end.
+
+nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
+
+actors(Config) ->
+    {proplists:get_value(a, Config), proplists:get_value(b, Config)}.
+
+dial(Config) ->
+    dial(Config, listen_port).
+
+dial(Config, Which) ->
+    Port = maps:get(Which, proplists:get_value(info, Config)),
+    {ok, Socket} = gen_tcp:connect({127, 0, 0, 1}, Port, [binary, {active, false}]),
+    Socket.
+
+%% The node ends the connection; what it has sent before is returned.
+is_dropped(Socket) ->
+    is_dropped(Socket, <<>>).
+
+is_dropped(Socket, Received) ->
+    case gen_tcp:recv(Socket, 0, 20000) of
+        {ok, More} ->
+            is_dropped(Socket, <<Received/binary, More/binary>>);
+        {error, Reason} ->
+            ?assert(lists:member(Reason, [closed, econnreset])),
+            gen_tcp:close(Socket),
+            Received
+    end.
+
+%% 2-byte length, as in the handshake.
+packet(Data) ->
+    Binary = iolist_to_binary(Data),
+    <<(byte_size(Binary)):16, Binary/binary>>.
+
+%%% Strangers
+
+%% With FIN and with RST, as health checks and proxies do.
+connects_and_leaves(Config) ->
+    [
+        begin
+            Socket = dial(Config),
+            ok = inet:setopts(Socket, [{linger, Linger}]),
+            gen_tcp:close(Socket)
+        end
+     || Linger <- [{false, 0}, {true, 0}], _ <- lists:seq(1, 50)
+    ],
+    {A, _} = actors(Config),
+    ?assertEqual([], meshx_ct:own_lines(A, proplists:get_value(mark, Config))).
+
+%% Complete packets that are none of the protocol: one line each names the sender.
+sends_no_handshake(Config) ->
+    {A, _} = actors(Config),
+    Packets = [
+        packet("hello"),
+        packet(<<131, 104, 2, 97, 1, 97, 2>>),
+        packet(<<0>>),
+        packet(binary:copy(<<"x">>, 65535)),
+        %% "GE" is the length 18245.
+        ["GET / HTTP/1.1\r\nHost: a\r\n\r\n", binary:copy(<<"y">>, 20000)]
+    ],
+    [
+        begin
+            Mark = meshx_ct:mark(A),
+            Socket = dial(Config),
+            {ok, {_, Port}} = inet:sockname(Socket),
+            ok = gen_tcp:send(Socket, Packet),
+            ?assertEqual(<<>>, is_dropped(Socket)),
+            meshx_ct:wait("a line", fun() -> meshx_ct:own_lines(A, Mark) =/= [] end),
+            [Line] = meshx_ct:own_lines(A, Mark),
+            ?assertMatch({_, _}, binary:match(Line, integer_to_binary(Port)))
+        end
+     || Packet <- Packets
+    ].
+
+%% More is announced than comes; less is announced than comes; nothing is announced.
+lies_about_lengths(Config) ->
+    [
+        begin
+            Socket = dial(Config),
+            ok = gen_tcp:send(Socket, Data),
+            gen_tcp:shutdown(Socket, write),
+            ?assertEqual(<<>>, is_dropped(Socket))
+        end
+     || Data <- [
+            <<>>,
+            <<0>>,
+            <<255>>,
+            <<255, 255>>,
+            <<255, 255, $N>>,
+            <<0, 0>>,
+            <<0, 0, 0, 0, 0, 0>>,
+            <<0, 1, $X, 255, 255, 1, 2, 3>>,
+            rand:bytes(10000),
+            rand:bytes(100000)
+        ]
+    ].
+
+%% Begins as a node does, then goes wrong: the node's answers, if any, and then the end.
+breaks_the_handshake(Config) ->
+    Name = fun(Length, Node) -> [$N, <<16#0000000d07df7fbd:64, 77:32, Length:16>>, Node] end,
+    Broken = [
+        packet("N"),
+        packet(["N", <<0:64, 1:32>>]),
+        packet(Name(60000, "x@vm")),
+        packet(Name(0, "")),
+        packet(Name(4, "nonode")),
+        packet(Name(300, lists:duplicate(300, $x))),
+        packet(Name(12, <<255, 254, 0, 1, "@", 0, 0, 0, 0, 0, 0, 0>>)),
+        %% What comes after a right beginning is no answer to the challenge.
+        [packet(Name(11, "stranger@vm")), packet("r"), packet("garbage")],
+        [packet(Name(11, "stranger@vm")), packet([$r, <<1:32>>, lists:duplicate(16, 0)])],
+        [packet(Name(11, "stranger@vm")), <<0, 0, 0, 0>>]
+    ],
+    [
+        begin
+            Socket = dial(Config),
+            ok = gen_tcp:send(Socket, Data),
+            gen_tcp:shutdown(Socket, write),
+            is_dropped(Socket)
+        end
+     || Data <- Broken
+    ].
+
+%% It is given up after a while, not kept for ever.
+stays_silent(Config) ->
+    Silent = dial(Config),
+    Half = dial(Config),
+    ok = gen_tcp:send(Half, <<0, 100, $N>>),
+    ?assertEqual(<<>>, is_dropped(Half)),
+    %% The system itself (TCP_DEFER_ACCEPT) may keep one without a byte from the node.
+    gen_tcp:close(Silent).
+
+arrives_in_masses(Config) ->
+    {A, _} = actors(Config),
+    Before = meshx_ct:call(A, fun resources/0),
+    Sockets = [dial(Config) || _ <- lists:seq(1, 300)],
+    [gen_tcp:send(Socket, rand:bytes(rand:uniform(100))) || Socket <- Sockets],
+    Late = meshx_ct:start(Config, late, #{}),
+    ?assert(meshx_ct:connect(Late, A)),
+    ?assert(meshx_ct:call(A, erlang, disconnect_node, [maps:get(node, Late)])),
+    [gen_tcp:close(Socket) || Socket <- Sockets],
+    meshx_ct:wait("processes and descriptors to be as before", fun() ->
+        {Processes, Descriptors} = meshx_ct:call(A, fun resources/0),
+        Processes =< element(1, Before) andalso Descriptors =< element(2, Before)
+    end).
+
+resources() ->
+    {ok, Descriptors} = file:list_dir("/proc/self/fd"),
+    {erlang:system_info(process_count), length(Descriptors)}.
+
+%% Without a certificate: the sidecar drops it, and the node may see a connection come and go.
+comes_through_the_sidecar_port(Config) ->
+    {A, _} = actors(Config),
+    [
+        begin
+            Socket = dial(Config, sidecar_port),
+            ok = gen_tcp:send(Socket, Data),
+            gen_tcp:shutdown(Socket, write),
+            is_dropped(Socket)
+        end
+     || Data <- ["", packet("hello"), rand:bytes(1000)]
+    ],
+    ?assertEqual([], meshx_ct:own_lines(A, proplists:get_value(mark, Config))).
+
+%%% A node gone mad
+
+%% The frame is right, what is in it is not: the emulator ends this link and no other.
+node_sends_what_is_no_term(Config) ->
+    {#{node := NameA} = A, _} = actors(Config),
+    [
+        begin
+            Mad = meshx_ct:start(Config, Name, #{}),
+            ?assert(meshx_ct:connect(Mad, A)),
+            meshx_ct:call(Mad, meshx_ct_there, watch, [[]]),
+            meshx_ct:call(Mad, fun() -> raw(NameA, Data) end),
+            meshx_ct:wait("the end of the link", fun() ->
+                lists:member({nodedown, NameA}, meshx_ct:call(Mad, meshx_ct_there, seen, []))
+            end),
+            ?assert(meshx_ct:connect(Mad, A)),
+            ?assert(meshx_ct:call(Mad, erlang, disconnect_node, [NameA])),
+            meshx_ct:wait("the other side to know", fun() ->
+                not lists:member(maps:get(node, Mad), meshx_ct:call(A, erlang, nodes, []))
+            end),
+            meshx_ct:stop(Mad)
+        end
+     || {Name, Data} <- [{mad1, <<131, 255, 1, 2, 3>>}, {mad2, rand:bytes(5000)}, {mad3, <<131, 68, 200>>}]
+    ].
+
+%% Past the emulator, through the controller's door for OTP's own tests.
+raw(Node, Data) ->
+    {_, Controller} = lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)),
+    Ref = make_ref(),
+    Controller ! {send, self(), Ref, Data},
+    receive
+        {Ref, ok} -> ok
+    after 5000 -> error(no_answer)
+    end.
