@@ -60,7 +60,7 @@ char *__wrap_strdup(const char *text) {
  * is none (github.com/google/sanitizers/issues/1376). This takes syscall()'s place for
  * libuv and lets it see.
  */
-long syscall(long number, ...) {
+__attribute__((visibility("default"))) long syscall(long number, ...) {
     long arguments[6];
     va_list list;
     va_start(list, number);
