@@ -41,6 +41,7 @@ extern "C" {
     X(MESHX_EAGENT_ACL, -14, agent_acl)         /* 403 */                                \
     X(MESHX_EAGENT_REFUSED, -15, agent_refused) /* any other 4xx or 5xx */               \
     X(MESHX_EAGENT_ANSWER, -16, agent_answer)   /* malformed or too large */             \
+    X(MESHX_EAGENT_BUSY, -17, agent_busy)       /* 429 or 503: it may answer later */    \
     X(MESHX_ENAME_IN_USE, -20, name_in_use)                                              \
     X(MESHX_ENODE_UNKNOWN, -21, node_unknown)                                            \
     X(MESHX_ENODE_UNHEALTHY, -22, node_unhealthy)                                        \

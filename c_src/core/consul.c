@@ -131,6 +131,9 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     if (answer->status == 403) {
         code = MESHX_EAGENT_ACL;
         remedy = "; has the token (CONSUL_HTTP_TOKEN) the rights?";
+    } else if (answer->status == 429 || answer->status == 503) {
+        code = MESHX_EAGENT_BUSY;
+        remedy = "; it limits connections (http_max_conns_per_client) or requests";
     } else if (says(answer, "No cluster leader")) {
         code = MESHX_EAGENT_NO_LEADER;
         remedy = "; its servers must elect one";

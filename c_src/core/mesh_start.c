@@ -45,6 +45,7 @@ static void on_trouble(struct mesh *mesh, const struct meshx_failure *failure) {
         break;
     case MESHX_EAGENT_NO_LEADER:
     case MESHX_EAGENT_TIMEOUT:
+    case MESHX_EAGENT_BUSY:
         break;
     default:
         fail_start(mesh, failure);

@@ -328,6 +328,7 @@ static void a_service_lives_with_its_sidecar(void **state) {
     succeed(&shared, DEREGISTER, "life@host", NULL); /* it is not there: fine */
 }
 
+/* The service's check and the sidecar's are each for their own instance. */
 static void checks_decide_who_is_passing(void **state) {
     (void)state;
     register_node(&shared, "check@host");
@@ -336,16 +337,18 @@ static void checks_decide_who_is_passing(void **state) {
     assert_string_equal(instance.service_id, "check@host-sidecar-proxy");
 
     succeed(&shared, PASS, "check@host:vm", "the VM answers");
-    succeed(&shared, PASS, "check@host:sidecar", NULL);
-    wait_passing(&shared, CONNECT, "check@host", true);
     instance = wait_passing(&shared, INSTANCES, "check@host", true);
     assert_string_equal(instance.service_id, "check@host");
     assert_string_equal(instance.trouble, "");
+    succeed(&shared, PASS, "check@host:sidecar", NULL);
+    wait_passing(&shared, CONNECT, "check@host", true);
 
     succeed(&shared, FAIL, "check@host:vm", "stopped & gone: 100%");
     instance = wait_passing(&shared, INSTANCES, "check@host", false);
     assert_string_equal(instance.trouble, "stopped & gone: 100%");
-    wait_passing(&shared, CONNECT, "check@host", false);
+    succeed(&shared, FAIL, "check@host:sidecar", "no sidecar");
+    instance = wait_passing(&shared, CONNECT, "check@host", false);
+    assert_string_equal(instance.trouble, "no sidecar");
     succeed(&shared, DEREGISTER, "check@host", NULL);
 }
 
@@ -522,9 +525,9 @@ static void other_versions_say_it_otherwise(void **state) {
     web_server_set_answer(server, 500, "CheckID trouble of another kind");
     assert_fails(&context, PASS, "x", NULL, MESHX_EAGENT_REFUSED, "of another kind");
     web_server_set_answer(server, 429, "Your IP is issuing too many\r\nconnections");
-    assert_fails(&context, PASS, "x", NULL, MESHX_EAGENT_REFUSED, "429 Your IP");
+    assert_fails(&context, PASS, "x", NULL, MESHX_EAGENT_BUSY, "429 Your IP");
     web_server_set_answer(server, 503, "");
-    assert_fails(&context, ALLOWED, "a", "b", MESHX_EAGENT_REFUSED,
+    assert_fails(&context, ALLOWED, "a", "b", MESHX_EAGENT_BUSY,
                  "asking whether a may connect to b: Consul agent at");
     web_server_set_answer(server, 500, "a\x1B[31mb\tc\nd");
     assert_fails(&context, SERVICE, "x", NULL, MESHX_EAGENT_REFUSED, "a?[31mb?c");

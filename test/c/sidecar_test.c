@@ -295,6 +295,23 @@ static void names_the_last_error_line(void **state) {
                  "exited with status 1: ==> Error preparing configuration");
 }
 
+static void forgets_the_error_line_of_the_run_before(void **state) {
+    struct fixture *fixture = *state;
+    char *directory = agent_make_directory();
+    char script[512];
+    snprintf(script, sizeof script,
+             "mkdir %s/second 2> /dev/null && echo oops >&2; exit 1", directory);
+    start_shell(fixture, script);
+    expect_started(fixture);
+    expect_line(fixture, "oops");
+    expect_ended(fixture, MESHX_ESIDECAR_EXITED, "oops");
+    call(fixture, do_restart); /* this time there is nothing to say */
+    expect_started(fixture);
+    struct event event = expect_ended(fixture, MESHX_ESIDECAR_EXITED, "");
+    assert_string_equal(event.failure.text, "sidecar /bin/sh exited with status 1");
+    agent_remove_directory(directory);
+}
+
 static void reports_death_by_signal(void **state) {
     struct fixture *fixture = *state;
     start_shell(fixture, "kill -9 $$");
@@ -780,6 +797,7 @@ static int run_all(const char *group) {
     const struct CMUnitTest tests[] = {
         TEST(reports_start_output_and_end),
         TEST(names_the_last_error_line),
+        TEST(forgets_the_error_line_of_the_run_before),
         TEST(reports_death_by_signal),
         TEST(reports_a_command_that_cannot_be_executed),
         TEST(reports_a_missing_guard),

@@ -23,24 +23,24 @@
 
 -define(ERL, #shell{
     prompt = "1> ",
-    connect = {"net_kernel:connect_node(node2@myhost).", "^true$"},
+    connect = {"net_kernel:connect_node(node2@myhost).", "true$"},
     work =
         {"spawn(node2@myhost, uses_meshx_node, answer, [self()]), receive X -> X end.",
-            "^\\{this_is,node2@myhost\\}$"},
-    stop = {"net_kernel:stop().", "^ok$"},
+            "\\{this_is,node2@myhost\\}$"},
+    stop = {"net_kernel:stop().", "ok$"},
     quit = "init:stop()."
 }).
 
 -define(IEX, #shell{
     prompt = "^iex\\(.*1\\)?> ",
     start = "Node.start(:node~b@myhost)",
-    connect = {"Node.connect(:node2@myhost)", "^true$"},
+    connect = {"Node.connect(:node2@myhost)", "true$"},
     work =
         {
             "Node.spawn(:node2@myhost, UsesMeshxNode, :answer, [self()]); receive do x -> x end",
-            "^\\{:this_is, :node2@myhost\\}$"
+            "\\{:this_is, :node2@myhost\\}$"
         },
-    stop = {"Node.stop()", "^:ok$"},
+    stop = {"Node.stop()", ":ok$"},
     quit = "System.stop()"
 }).
 
@@ -165,7 +165,7 @@ start_node(N, Config, #shell{prompt = Prompt, start = Start}, Command) ->
     meshx_ct_terminal:expect(Terminal, Prompt),
     case Start of
         undefined -> ok;
-        _ -> ask(Terminal, {io_lib:format(Start, [N]), "^\\{:?ok, ?(#PID)?<[0-9.]+>\\}$"})
+        _ -> ask(Terminal, {io_lib:format(Start, [N]), "\\{:?ok, ?(#PID)?<[0-9.]+>\\}$"})
     end,
     meshx_ct_terminal:expect(Terminal, [
         "\\[node", integer_to_list(N), "@myhost\\]\\[stdout\\]: ==> Consul Connect proxy starting\\.\\.\\.$"
