@@ -56,14 +56,14 @@ round(Config, Carrier, Round) ->
         stop => [Time || {Time, ok} <- Stops]
     }.
 
-options(Config, inet_tcp) ->
+%% Only we connect: else a message that global sends after our disconnect may do it.
+options(Config, Carrier) ->
     #{
         scope => suite,
-        carrier => "inet_tcp",
+        carrier => atom_to_list(Carrier),
+        args => ["-kernel", "dist_auto_connect", "never"],
         env => [{"ERL_EPMD_PORT", meshx_bench:epmd_port(Config)}]
-    };
-options(_Config, meshx_node) ->
-    #{scope => suite}.
+    }.
 
 start(Vm, Name) ->
     case timed(Vm, net_kernel, start, [[Name, shortnames]]) of
@@ -74,14 +74,14 @@ start(Vm, Name) ->
 connect(Vm, Node) ->
     case timed(Vm, net_kernel, connect_node, [Node]) of
         {Time, true} -> Time;
-        {_, Other} -> error({connect, Node, Other})
+        {_, Other} -> error({connect, Node, Other, meshx_ct:lines(Vm, 0)})
     end.
 
-%% Both ends have seen it when this returns.
+%% Both net_kernels have seen it when this returns; nodes/0 is empty a little earlier.
 disconnect(One, Two, Node) ->
     true = meshx_ct:call(One, erlang, disconnect_node, [Node]),
     meshx_ct:wait("the end of the link", fun() ->
-        lists:all(fun(Vm) -> meshx_ct:call(Vm, erlang, nodes, [connected]) =:= [] end, [One, Two])
+        lists:all(fun(Vm) -> meshx_ct:call(Vm, ets, tab2list, [sys_dist]) =:= [] end, [One, Two])
     end).
 
 %% {Milliseconds, Result}

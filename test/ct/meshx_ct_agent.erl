@@ -87,7 +87,13 @@ newer_arguments() ->
 has_leader(#{process := none}, _) ->
     false;
 has_leader(#{process := Process} = Agent, Deadline) ->
-    case catch get(Agent, "/v1/catalog/nodes") of
+    Nodes =
+        try
+            get(Agent, "/v1/catalog/nodes")
+        catch
+            error:{badmatch, _} -> []
+        end,
+    case Nodes of
         [_ | _] ->
             %% The catalog knows the agent: registrations become visible.
             true;
