@@ -18,7 +18,7 @@ NIF := $(wildcard c_src/nif/*.c)
 GUARD := $(wildcard c_src/guard/*.c)
 C_TESTS := $(patsubst test/c/%_test.c,%,$(wildcard test/c/*_test.c))
 # Modules with threads or a loop also run under ThreadSanitizer.
-TSAN_TESTS := $(filter loop http http_tls consul probe sidecar mesh mesh_running,$(C_TESTS))
+TSAN_TESTS := $(filter loop% http% consul% probe% sidecar% mesh%,$(C_TESTS))
 C_TEST_SUPPORT := $(filter-out %_test.c,$(wildcard test/c/*.c))
 C_SOURCES := $(CORE) $(NIF) $(GUARD)
 C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch])
@@ -117,7 +117,7 @@ lint-clang:
 lint-format:
 	@clang-format --dry-run -Werror $(C_FILES)
 lint-tidy:
-	@printf '%s\n' $(C_SOURCES) | xargs -P 2 -I {} sh -c 'clang-tidy --quiet {} -- $(LINT_CFLAGS) 2>/dev/null'
+	@printf '%s\n' $(C_SOURCES) | xargs -P 2 -I {} sh -c 'clang-tidy --config-file=.ci/clang-tidy --quiet {} -- $(LINT_CFLAGS) 2>/dev/null'
 lint-cppcheck:
 	@cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 		--error-exitcode=1 --suppress=missingIncludeSystem -j 2 \

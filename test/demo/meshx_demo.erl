@@ -59,11 +59,11 @@ story() ->
     heading("Two Erlang nodes start, each a Consul service with a sidecar proxy of its own"),
     note("$ erl -proto_dist meshx_node -sname node1", []),
     One = step("VM booted, node service ready", fun() ->
-        meshx_ct:start(Config, node1, #{scope => suite})
+        meshx_ct:start(Config, node1, node_options())
     end),
     describe(One),
     note("$ erl -proto_dist meshx_node", []),
-    Vm = step("VM booted", fun() -> meshx_ct:vm(Config, #{scope => suite}) end),
+    Vm = step("VM booted", fun() -> meshx_ct:vm(Config, node_options()) end),
     note("1> net_kernel:start([node2, shortnames]).", []),
     Two = step("node service ready", fun() -> meshx_ct:net_start(Vm, node2) end),
     describe(Two),
@@ -93,6 +93,10 @@ story() ->
     false = filelib:is_dir(Directory),
     expect(not meshx_ct_proc:is_alive(Process), "the Consul agent still runs"),
     {done, get(steps), now_ms() - Begin}.
+
+%% Nodes that connect only when told so: else global, after a disconnect, may do it by a message.
+node_options() ->
+    #{scope => suite, args => ["-kernel", "dist_auto_connect", "never"]}.
 
 describe(Node) ->
     {ok, #{sidecar_pid := Pid, sidecar_port := Sidecar, listen_port := Listen}} =
