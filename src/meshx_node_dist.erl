@@ -53,7 +53,7 @@ childspecs() ->
 
 -spec listen(atom()) -> Result when
     Result ::
-        {ok, {meshx_node_nif:socket(), #net_address{}, erlang:creation()}} | {error, term()}.
+        {ok, {meshx_node_nif:socket(), #net_address{}, Creation :: non_neg_integer()}} | {error, term()}.
 listen(Name) ->
     {ok, Host} = inet:gethostname(),
     listen(Name, Host).
@@ -61,7 +61,7 @@ listen(Name) ->
 %% Opens the listener and makes it a node service; returns when peers can reach it.
 -spec listen(atom(), string()) -> Result when
     Result ::
-        {ok, {meshx_node_nif:socket(), #net_address{}, erlang:creation()}} | {error, term()}.
+        {ok, {meshx_node_nif:socket(), #net_address{}, Creation :: non_neg_integer()}} | {error, term()}.
 listen(Name, Host) ->
     Node = list_to_atom(atom_to_list(Name) ++ "@" ++ Host),
     maybe_listen(Node, Host, meshx_node_nif:load()).
@@ -182,8 +182,10 @@ select(Node) ->
 
 -spec is_node_name(term()) -> boolean().
 is_node_name(Node) when is_atom(Node) ->
-    case string:split(atom_to_list(Node), "@", all) of
-        [[_ | _], [_ | _]] -> true;
+    Text = atom_to_list(Node),
+    case string:split(Text, "@", all) of
+        %% NUL would end the text in C.
+        [[_ | _], [_ | _]] -> not lists:member(0, Text);
         _ -> false
     end;
 is_node_name(_) ->

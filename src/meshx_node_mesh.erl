@@ -19,10 +19,14 @@
 %% How often it is looked whether boot is over, while lines are held, ms.
 -define(HOLD_TIME, 50).
 
+%% How often it is looked whether the VM's former node service has ended, ms.
+-define(FORMER_TIME, 20).
+
 -record(state, {
     mesh :: undefined | meshx_node_nif:mesh(),
     %% tells this mesh's events from those of one given up before
     tag :: undefined | reference(),
+    %% what is read after the start; no secrets, which would show in reports and crash dumps
     config = #{} :: map(),
     %% who waits for the start
     starter :: undefined | gen_server:from(),
@@ -39,12 +43,19 @@ start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
 
 %% Makes the listener at Ip:Port the node service of Node. Returns when peers can reach it, or
-%% when everything is undone.
+%% when everything is undone. After a Node.stop/0 the former one may still be ending: it would
+%% deregister the new one too, which has the same service ID.
 -spec start_service(node(), inet:ip_address(), inet:port_number()) ->
     ok | {error, meshx_node_nif:failure()}.
 start_service(Node, Ip, Port) ->
-    %% The C side keeps start_timeout.
-    call({start_service, Node, Ip, Port}).
+    %% The C side keeps start_timeout, and the times of a stop.
+    case call({start_service, Node, Ip, Port}) of
+        stopping ->
+            timer:sleep(?FORMER_TIME),
+            start_service(Node, Ip, Port);
+        Result ->
+            Result
+    end.
 
 %% Peers stop dialing; open links live on.
 -spec drain() -> ok.
@@ -55,8 +66,11 @@ drain() ->
 -spec upstream(node(), dial | ask) ->
     {ok, {inet:ip_address(), inet:port_number()}} | {error, meshx_node_nif:failure()}.
 upstream(Node, Mode) ->
-    %% The C side keeps request_timeout.
-    call({upstream, Node, Mode}).
+    case meshx_node_dist:is_node_name(Node) of
+        %% The C side keeps request_timeout.
+        true -> call({upstream, Node, Mode});
+        false -> {error, {node_unknown, text("~0tP is not a node name", [Node, 20])}}
+    end.
 
 %% Called by a link's controller: the link is listed in info/0 while the controller lives.
 -spec link_up(node(), pid(), meshx_node_nif:socket()) -> ok.
@@ -70,7 +84,7 @@ info() ->
 
 %% The Consul service name of any node, as our configuration maps it.
 -spec service_name(node()) -> {ok, binary()} | {error, meshx_node_nif:failure()}.
-service_name(Node) ->
+service_name(Node) when is_atom(Node) ->
     call({service_name, Node}).
 
 call(Request) ->
@@ -86,6 +100,9 @@ call(Request) ->
 not_started() ->
     {error, {stopped, <<"this node has no node service; is it started, with -proto_dist meshx_node?">>}}.
 
+text(Format, Arguments) ->
+    unicode:characters_to_binary(io_lib:format(Format, Arguments)).
+
 %% ---- gen_server ----
 
 -spec init([]) -> {ok, #state{}}.
@@ -99,12 +116,11 @@ handle_call({start_service, Node, Ip, Port}, From, #state{mesh = undefined} = S)
     case open(Node, Ip, Port) of
         {ok, Mesh, Tag, Config} ->
             {noreply, S#state{mesh = Mesh, tag = Tag, config = Config, starter = From}};
-        {error, Failure} ->
-            {reply, {error, Failure}, S}
+        NotOpened ->
+            {reply, NotOpened, S}
     end;
 handle_call({start_service, Node, _, _}, _From, S) ->
-    Text = io_lib:format("~ts: this VM already is a node service", [Node]),
-    {reply, {error, {name_in_use, unicode:characters_to_binary(Text)}}, S};
+    {reply, {error, {name_in_use, text("~ts: this VM already is a node service", [Node])}}, S};
 handle_call(_Request, _From, #state{mesh = undefined} = S) ->
     {reply, not_started(), S};
 handle_call({upstream, Node, Mode}, From, #state{config = Config} = S) ->
@@ -177,8 +193,9 @@ await_stopped(Tag, S, Deadline) ->
             await_stopped(Tag, event(Type, Data, S), Deadline)
     after max(0, Deadline - erlang:monotonic_time(millisecond)) ->
         ?LOG_WARNING(
-            "meshx_node: the Consul agent has not answered our deregistration yet; it goes on in "
-            "the background while the VM lives, else Consul drops the service by itself"
+            "meshx_node: the node service has not ended yet (does the Consul agent answer, does the "
+            "sidecar stop?); that goes on in the background while the VM lives, and the next start "
+            "waits for it, else Consul drops the service by itself"
         )
     end.
 
@@ -194,11 +211,11 @@ open(Node, Ip, Port) ->
             },
             case meshx_node_nif:mesh_open(Full, Tag) of
                 {ok, Mesh} ->
-                    S = #state{mesh = Mesh, tag = Tag, config = Full},
-                    renew_later(S),
-                    {ok, Mesh, Tag, Full};
-                {error, Failure} ->
-                    {error, Failure}
+                    Kept = maps:with([node, naming, ttl, sidecar_stdout, sidecar_stderr], Full),
+                    renew_later(#state{tag = Tag, config = Kept}),
+                    {ok, Mesh, Tag, Kept};
+                NotOpened ->
+                    NotOpened
             end;
         {error, Failure} ->
             {error, Failure}

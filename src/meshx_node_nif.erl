@@ -165,8 +165,8 @@ statistics(_Link) ->
 
 %% Begins to start a node service; {meshx_event, Tag, Type, Data} messages follow
 %% (c_src/nif/mesh.h lists them). Config is meshx_node_config:load/1's with `listen_address'
-%% and `listen_port'.
--spec mesh_open(map(), term()) -> {ok, mesh()} | {error, failure()}.
+%% and `listen_port'. `stopping': the VM's former one has not ended yet, try again.
+-spec mesh_open(map(), term()) -> {ok, mesh()} | stopping | {error, failure()}.
 mesh_open(_Config, _Tag) ->
     not_loaded().
 
@@ -196,6 +196,7 @@ mesh_drain(_Mesh) ->
 mesh_stop(_Mesh) ->
     not_loaded().
 
--spec not_loaded() -> no_return().
+%% term(), not no_return(): dialyzer must not take the stubs for what they do.
+-spec not_loaded() -> term().
 not_loaded() ->
     erlang:nif_error(not_loaded).

@@ -469,7 +469,9 @@ static bool set_tls(const struct http *http, CURL *easy) {
            set_long(easy, CURLOPT_SSL_VERIFYHOST, endpoint->verify ? 2 : 0) &&
            set_text(easy, CURLOPT_CAINFO, endpoint->ca_file) &&
            set_text(easy, CURLOPT_SSLCERT, endpoint->client_cert) &&
-           set_text(easy, CURLOPT_SSLKEY, endpoint->client_key);
+           set_text(easy, CURLOPT_SSLKEY, endpoint->client_key) &&
+           /* Without a password OpenSSL asks at the terminal, and we would wait. */
+           set_text(easy, CURLOPT_KEYPASSWD, "");
 }
 
 static bool set_connection(const struct http *http, CURL *easy) {

@@ -11,6 +11,7 @@
 #include "error.h"
 #include "mesh_internal.h"
 #include <stdio.h>
+#include <string.h>
 
 #define PROBE_INTERVAL 5
 #define EXTERNAL_PROBE_INTERVAL 200
@@ -240,6 +241,18 @@ static void on_refuses(struct mesh *mesh) {
     }
 }
 
+/* Moves at once, but only once: not as fast as a sidecar can say it again. */
+static void on_shut_out(struct mesh *mesh, const char *line) {
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_start_shut_out(mesh, line);
+    } else if (mesh->state == MESHX_STATE_READY) {
+        mesh->sidecar_shut_out = true;
+        mesh->sidecar_misses = mesh->moved_at_once ? mesh->sidecar_misses : MISSES_MAX;
+        mesh->moved_at_once = true;
+        on_refuses(mesh);
+    }
+}
+
 static void on_probed(bool accepts, void *argument) {
     struct mesh *mesh = argument;
     mesh->probe = NULL;
@@ -268,6 +281,7 @@ static void on_sidecar_started(int64_t pid, void *context) {
     mesh->sidecar_pid = pid;
     mesh->sidecar_starts++;
     mesh->sidecar_accepts = false;
+    mesh->sidecar_shut_out = false;
     mesh->sidecar_misses = 0;
     mesh_upstream_forget_ports(mesh);
     if (mesh->state == MESHX_STATE_STARTING || mesh->state == MESHX_STATE_READY) {
@@ -309,8 +323,11 @@ static void on_sidecar_output(enum meshx_stream stream, const char *line, void *
     struct meshx_event event = {
         .type = MESHX_EVENT_OUTPUT, .stream = stream, .text = line};
     mesh_emit(mesh, &event);
-    if (mesh->state == MESHX_STATE_STARTING) {
-        mesh_start_sidecar_said(mesh, line);
+    /* The built-in proxy goes on without its public listener and never tries again. A
+     * probe can't tell: it meets the program that was faster. */
+    if (mesh->sidecar_pid != 0 && strstr(line, "public listener") != NULL &&
+        strstr(line, "address already in use") != NULL) {
+        if (mesh->state == MESHX_STATE_STARTING) mesh_start_shut_out(mesh, line); (void)on_shut_out;
     }
 }
 

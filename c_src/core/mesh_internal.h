@@ -173,7 +173,8 @@ struct mesh {
     bool sidecar_accepts;
     bool sidecar_reported;   /* a person was told that it does not accept */
     unsigned sidecar_misses; /* failed probes in a row while the process lives */
-    bool moved_in_start;
+    bool sidecar_shut_out;   /* it has said that another program has its port */
+    bool moved_at_once;      /* on its word; from then on only as probes say */
     unsigned looks;      /* MESH_VISIBLE: how often the catalog was asked */
     struct probe *probe; /* at most one */
 
@@ -207,7 +208,7 @@ void mesh_start_registered(struct mesh *mesh, const struct meshx_failure *failur
 void mesh_start_checked(struct mesh *mesh, struct mesh_check *check,
                         const struct meshx_failure *failure);
 void mesh_start_sidecar_ended(struct mesh *mesh, const struct meshx_failure *failure);
-void mesh_start_sidecar_said(struct mesh *mesh, const char *line);
+void mesh_start_shut_out(struct mesh *mesh, const char *line);
 void mesh_start_accepts(struct mesh *mesh);
 void mesh_start_retry(struct mesh *mesh);
 void mesh_start_overdue(struct mesh *mesh);

@@ -292,7 +292,7 @@ static void move_sidecar(struct mesh *mesh, const char *text) {
     if (mesh->registration.moving != 0) {
         return; /* the same news from another line */
     }
-    if (mesh->moved_in_start || mesh->config.values.sidecar_ports.first ==
+    if (mesh->moved_at_once || mesh->config.values.sidecar_ports.first ==
                                     mesh->config.values.sidecar_ports.last) {
         error_set(&failure, MESHX_ENO_PORT,
                   "port %u (sidecar_ports) is in use by another program: %.300s", port,
@@ -311,17 +311,14 @@ static void move_sidecar(struct mesh *mesh, const char *text) {
     probe_cancel(mesh->probe);
     mesh->probe = NULL;
     mesh->sidecar_accepts = false;
-    mesh->moved_in_start = true;
+    mesh->moved_at_once = true;
     mesh->step = MESH_REGISTER;
     mesh->registration.moving = mesh->registration.wanted + 1;
     mesh_registration_change(mesh);
 }
 
-void mesh_start_sidecar_said(struct mesh *mesh, const char *line) {
-    if (strstr(line, "public listener") != NULL &&
-        strstr(line, "address already in use") != NULL) {
-        move_sidecar(mesh, line);
-    }
+void mesh_start_shut_out(struct mesh *mesh, const char *line) {
+    move_sidecar(mesh, line);
 }
 
 void mesh_start_sidecar_ended(struct mesh *mesh, const struct meshx_failure *failure) {

@@ -19,6 +19,7 @@ struct mesh {
 
 /* Who gets the events. Control thread only after mesh_open. */
 struct subscriber {
+    struct library *library;
     ErlNifPid pid;
     ErlNifEnv *env; /* holds |tag| */
     ERL_NIF_TERM tag;
@@ -222,6 +223,7 @@ static void on_event(const struct meshx_event *event, void *context) {
 static void on_release(void *context) {
     struct subscriber *subscriber = context;
 
+    atomic_store(&subscriber->library->occupied, false);
     enif_free_env(subscriber->env);
     enif_free(subscriber);
 }
@@ -437,9 +439,11 @@ static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *deco
 
 /* ---- NIFs ---- */
 
-/* mesh_open(Config, Tag) -> {ok, Mesh} | {error, {Code, Text}} */
+/* mesh_open(Config, Tag) -> {ok, Mesh} | stopping | {error, {Code, Text}}
+ * stopping: the VM's former node service has not ended. The two share a service ID and
+ * nothing orders their requests, so its deregistration could hit the new one. */
 ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
-    struct meshx_loop **loop = enif_priv_data(env);
+    struct library *library = enif_priv_data(env);
     struct decoded decoded = {0};
     struct meshx_failure failure = {.code = MESHX_ENOMEM, .text = "out of memory"};
     struct meshx_callbacks callbacks = {.event = on_event, .release = on_release};
@@ -447,9 +451,13 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     struct mesh *mesh = NULL;
     ERL_NIF_TERM culprit = am_undefined;
     ERL_NIF_TERM result;
+    bool occupied = false;
     int rc;
 
     (void)argc;
+    if (!atomic_compare_exchange_strong(&library->occupied, &occupied, true)) {
+        return am_stopping;
+    }
     if (!decode_config(env, argv[0], &decoded, &culprit)) {
         char key[64] = "?";
         enif_get_atom(env, culprit, key, sizeof key, ERL_NIF_LATIN1);
@@ -472,13 +480,15 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     if (subscriber->env == NULL) {
         goto fail;
     }
+    subscriber->library = library;
     enif_self(env, &subscriber->pid);
     subscriber->tag = enif_make_copy(subscriber->env, argv[1]);
     if (enif_monitor_process(env, mesh, &subscriber->pid, &mesh->monitor) != 0) {
         goto fail;
     }
     callbacks.context = subscriber;
-    rc = meshx_mesh_open(*loop, &decoded.config, &callbacks, &mesh->handle, &failure);
+    rc = meshx_mesh_open(library->loop, &decoded.config, &callbacks, &mesh->handle,
+                         &failure);
     if (rc != MESHX_OK) {
         failure.code = rc;
         goto fail;
@@ -489,6 +499,7 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     return result;
 
 fail:
+    atomic_store(&library->occupied, false);
     result = enif_make_tuple2(env, am_error, terms_failure(env, &failure));
     if (mesh != NULL) {
         enif_release_resource(mesh);

@@ -18,6 +18,13 @@
 #define MESHX_NIF_MESH_H
 
 #include "terms.h"
+#include <stdatomic.h>
+
+/* The library's private data. */
+struct library {
+    struct meshx_loop *loop;
+    atomic_bool occupied; /* from mesh_open to the release of the node service */
+};
 
 /* Opens the resource type. False: load must fail. */
 bool mesh_open_type(ErlNifEnv *env, ErlNifResourceFlags flags);

@@ -1,8 +1,8 @@
 /*
  * Load, upgrade and unload of the NIF library, and its function table.
  *
- * The library's private data is a pointer to the one control thread. An upgrade hands it
- * over; unload joins the thread. Unload waits until no resource is left, so by then every
+ * The library's private data holds the one control thread. An upgrade hands it over;
+ * unload joins the thread. Unload waits until no resource is left, so by then every
  * node service has been given up and has only its orderly stop to finish.
  */
 #include "link.h"
@@ -29,20 +29,21 @@ static bool open_types(ErlNifEnv *env, ERL_NIF_TERM load_info) {
 }
 
 static int load(ErlNifEnv *env, void **priv_data, ERL_NIF_TERM load_info) {
-    struct meshx_loop **loop;
+    struct library *library;
 
     if (!open_types(env, load_info)) {
         return -1;
     }
-    loop = enif_alloc(sizeof *loop);
-    if (loop == NULL) {
+    library = enif_alloc(sizeof *library);
+    if (library == NULL) {
         return -1;
     }
-    if (meshx_loop_start(loop) != MESHX_OK) {
-        enif_free(loop);
+    atomic_init(&library->occupied, false);
+    if (meshx_loop_start(&library->loop) != MESHX_OK) {
+        enif_free(library);
         return -1;
     }
-    *priv_data = loop;
+    *priv_data = library;
     return 0;
 }
 
@@ -57,12 +58,12 @@ static int upgrade(ErlNifEnv *env, void **priv_data, void **old_priv_data,
 }
 
 static void unload(ErlNifEnv *env, void *priv_data) {
-    struct meshx_loop **loop = priv_data;
+    struct library *library = priv_data;
 
     (void)env;
-    if (loop != NULL) { /* NULL: handed over by an upgrade */
-        meshx_loop_stop(*loop, UNLOAD_GRACE_MS);
-        enif_free(loop);
+    if (library != NULL) { /* NULL: handed over by an upgrade */
+        meshx_loop_stop(library->loop, UNLOAD_GRACE_MS);
+        enif_free(library);
     }
 }
 

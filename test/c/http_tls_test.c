@@ -5,6 +5,7 @@
 #include "exchange.h"
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 /* A certificate authority, an agent's certificate and a client's, made by consul. */
 static char *make_certificates(void) {
@@ -134,10 +135,57 @@ static void tls_shows_a_certificate_of_its_own(void **state) {
     agent_remove_directory(directory);
 }
 
+/* openssl ec -aes128; it is no pair with any certificate. */
+static const char locked_key[] =
+    "-----BEGIN EC PRIVATE KEY-----\n"
+    "Proc-Type: 4,ENCRYPTED\n"
+    "DEK-Info: AES-128-CBC,A32D2635EC58B48147D4FD87F2E09645\n"
+    "\n"
+    "LYlECIyi2Zg9cTC8ZO3J802MpBga4byX9cXHO0JLLmaqisp4fxj/W5Mzx95cTVGH\n"
+    "q2ImkFFxddgTXOPDFn9Ecrcow1AsRmv5sFmZ/iPzv/hzLG6KBrdy9XlWfXAsW7Kc\n"
+    "yTmLg54MStnKL5kFPRAisWKyHxAzT1LvPuJYF+r6OwE=\n"
+    "-----END EC PRIVATE KEY-----\n";
+
+/* OpenSSL would ask at the terminal, or else at standard input, and the control thread
+ * would wait for the answer. */
+static void a_locked_key_is_not_asked_about(void **state) {
+    (void)state;
+    char address[64];
+    char cert[256];
+    char key[256];
+    char answer[16] = "";
+    int typed[2];
+    struct agent *agent;
+    char *directory = make_certificates();
+    start_tls_agent(directory, false, address, sizeof address, &agent);
+    snprintf(cert, sizeof cert, "%s/dc1-client-consul-0.pem", directory);
+    snprintf(key, sizeof key, "%s/locked.pem", directory);
+    FILE *file = fopen(key, "we");
+    assert_non_null(file);
+    assert_true(fputs(locked_key, file) >= 0 && fclose(file) == 0);
+
+    (void)setsid(); /* no terminal */
+    int before = dup(STDIN_FILENO);
+    assert_int_equal(pipe(typed), 0);
+    assert_int_equal(write(typed[1], "secret\n", 7), 7);
+    assert_int_equal(dup2(typed[0], STDIN_FILENO), STDIN_FILENO);
+    assert_tls_fails(address,
+                     SETTINGS({"CONSUL_HTTP_SSL", "1"}, {"CONSUL_HTTP_SSL_VERIFY", "0"},
+                              {"CONSUL_CLIENT_CERT", cert}, {"CONSUL_CLIENT_KEY", key}));
+    close(typed[1]);
+    assert_int_equal(read(typed[0], answer, sizeof answer), 7); /* still there */
+    dup2(before, STDIN_FILENO);
+    close(before);
+    close(typed[0]);
+    agent_stop(agent);
+    agent_remove_directory(directory);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(tls_verifies_the_agent),
         cmocka_unit_test(tls_shows_a_certificate_of_its_own),
+        cmocka_unit_test(a_locked_key_is_not_asked_about),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
