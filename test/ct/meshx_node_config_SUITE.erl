@@ -30,6 +30,7 @@ all() ->
         consul_settings,
         token_of_higher_rank_than_file,
         table_has_all_keys,
+        readme_has_the_table,
         at_boot
     ].
 
@@ -366,6 +367,11 @@ token_of_higher_rank_than_file(_) ->
 %%% The whole
 
 %% Each row: a flag whose value is an Erlang term that is accepted, and the right variable.
+readme_has_the_table(_) ->
+    {ok, Readme} = file:read_file(filename:join(meshx_ct:root(), "README.md")),
+    Table = unicode:characters_to_binary(meshx_node_config:table()),
+    ?assertNotEqual(nomatch, binary:match(Readme, string:trim(Table))).
+
 table_has_all_keys(_) ->
     Rows = tl(tl(string:split(string:trim(unicode:characters_to_list(meshx_node_config:table())), "\n", all))),
     ?assertEqual(31, length(Rows)),
