@@ -27,6 +27,10 @@
 %% How long a stranger may take to send its first packet, ms (dist_util's own setup time).
 -define(FIRST_PACKET_TIME, 7000).
 
+%% Bytes of a node name. An atom has 255, and net_kernel, which ends with the whole VM on more,
+%% puts up to 12 before the host of a node that asks for a name.
+-define(NAME_SIZE_MAX, 240).
+
 %% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
 -define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
 
@@ -184,9 +188,12 @@ next_pause(Pause) ->
 init_accepted(Kernel, Link) ->
     receive
         {_Acceptor, yours} -> ok
+    after ?FIRST_PACKET_TIME -> exit(normal)
     end,
     case read_packet(Link, ?FIRST_PACKET_TIME) of
-        {ok, <<$N, _Flags:64, _Creation:32, Size:16, _Name:Size/binary, _/binary>> = First} ->
+        {ok, <<$N, _Flags:64, _Creation:32, Size:16, _Name:Size/binary, _/binary>> = First} when
+            Size =< ?NAME_SIZE_MAX
+        ->
             accepted(Kernel, Link, First);
         {ok, _} ->
             stranger(Link);

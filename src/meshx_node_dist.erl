@@ -67,6 +67,8 @@ listen(Name, Host) ->
     maybe_listen(Node, Host, meshx_node_nif:load()).
 
 maybe_listen(Node, Host, ok) ->
+    %% For inet:format_error/1, now: when descriptors have run out no module can be loaded.
+    _ = code:ensure_loaded(erl_posix_msg),
     case meshx_node_options:listen() of
         {ok, Listener} ->
             {ok, {Ip, Port} = Address} = meshx_node_nif:address(Listener, local),
@@ -139,6 +141,7 @@ accept(Listener) ->
 accept_loop(Kernel, Listener) ->
     case meshx_node_nif:accept(Listener, meshx_node_options:accepted()) of
         {ok, Link} ->
+            erase(accept_error),
             meshx_node_ctrl:adopt(Kernel, Link),
             accept_loop(Kernel, Listener);
         wait ->
@@ -148,9 +151,10 @@ accept_loop(Kernel, Listener) ->
         {error, closed} ->
             exit(closed);
         {error, Reason} ->
-            ?LOG_ERROR("meshx_node: can't accept a connection: ~ts", [
-                inet:format_error(Reason)
-            ]),
+            put(accept_error, Reason) =:= Reason orelse
+                ?LOG_ERROR("meshx_node: can't accept a connection: ~ts", [
+                    inet:format_error(Reason)
+                ]),
             timer:sleep(?ACCEPT_REST),
             accept_loop(Kernel, Listener)
     end.

@@ -102,6 +102,13 @@ static bool is_unknown(const struct http_answer *answer) {
              says(answer, "does not have associated TTL")));
 }
 
+/* Whether the agent can't answer for want of its servers: they have no leader, or a
+ * client agent has not joined any yet, or can't connect to them. */
+static bool is_without_servers(const struct http_answer *answer) {
+    return says(answer, "No cluster leader") || says(answer, "No known Consul servers") ||
+           says(answer, "failed to get conn");
+}
+
 static bool is_success(const struct call *call, const struct http_answer *answer) {
     return (answer->status >= 200 && answer->status <= 299) ||
            ((call->kind == DEREGISTER || call->kind == SERVICE) && is_unknown(answer));
@@ -134,9 +141,9 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     } else if (answer->status == 429 || answer->status == 503) {
         code = MESHX_EAGENT_BUSY;
         remedy = "; it limits connections (http_max_conns_per_client) or requests";
-    } else if (says(answer, "No cluster leader")) {
+    } else if (is_without_servers(answer)) {
         code = MESHX_EAGENT_NO_LEADER;
-        remedy = "; its servers must elect one";
+        remedy = "; its servers must be reachable and elect a leader";
     } else if (call->kind == CHECK && is_unknown(answer)) {
         code = MESHX_ENODE_UNKNOWN;
         remedy = "; it has lost the registration";

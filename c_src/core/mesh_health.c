@@ -253,10 +253,25 @@ static void on_shut_out(struct mesh *mesh, const char *line) {
     }
 }
 
-static void on_probed(bool accepts, void *argument) {
+/* No reason to replace the sidecar. Its check is neither passed nor failed meanwhile. */
+static void on_not_made(struct mesh *mesh) {
+    if (!mesh->probe_reported) {
+        mesh->probe_reported = true;
+        mesh_log(mesh, MESHX_LEVEL_WARNING,
+                 "the sidecar of %s can't be probed: " PROBE_NOT_MADE_WHY,
+                 mesh->config.values.node);
+    }
+}
+
+static void on_probed(enum probe_answer answer, void *argument) {
     struct mesh *mesh = argument;
     mesh->probe = NULL;
-    if (accepts) {
+    if (answer == PROBE_NOT_MADE) {
+        on_not_made(mesh);
+        return;
+    }
+    mesh->probe_reported = false;
+    if (answer == PROBE_ACCEPTS && !mesh->sidecar_shut_out) {
         on_accepts(mesh);
     } else {
         on_refuses(mesh);
@@ -327,7 +342,7 @@ static void on_sidecar_output(enum meshx_stream stream, const char *line, void *
      * probe can't tell: it meets the program that was faster. */
     if (mesh->sidecar_pid != 0 && strstr(line, "public listener") != NULL &&
         strstr(line, "address already in use") != NULL) {
-        if (mesh->state == MESHX_STATE_STARTING) mesh_start_shut_out(mesh, line); (void)on_shut_out;
+        on_shut_out(mesh, line);
     }
 }
 

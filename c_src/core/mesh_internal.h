@@ -81,6 +81,7 @@ struct mesh_claim {
     struct meshx_failure failure;
     bool ours_exists; /* the local agent has our service ID for our node */
     uint16_t ours_port;
+    unsigned probes;  /* of that port, at another address each */
     unsigned same_id; /* instances of our node with our service ID, anywhere */
     char holder[256]; /* for people: one of ours that passes; empty: none does */
 };
@@ -172,11 +173,12 @@ struct mesh {
     uint16_t sidecar_port;
     bool sidecar_accepts;
     bool sidecar_reported;   /* a person was told that it does not accept */
+    bool probe_reported;     /* a person was told that it can't be probed */
     unsigned sidecar_misses; /* failed probes in a row while the process lives */
     bool sidecar_shut_out;   /* it has said that another program has its port */
     bool moved_at_once;      /* on its word; from then on only as probes say */
-    unsigned looks;      /* MESH_VISIBLE: how often the catalog was asked */
-    struct probe *probe; /* at most one */
+    unsigned looks;          /* MESH_VISIBLE: how often the catalog was asked */
+    struct probe *probe;     /* at most one */
 
     struct mesh_upstream *upstreams;
     size_t upstream_count;
@@ -208,7 +210,7 @@ void mesh_start_registered(struct mesh *mesh, const struct meshx_failure *failur
 void mesh_start_checked(struct mesh *mesh, struct mesh_check *check,
                         const struct meshx_failure *failure);
 void mesh_start_sidecar_ended(struct mesh *mesh, const struct meshx_failure *failure);
-void mesh_start_shut_out(struct mesh *mesh, const char *line);
+void mesh_start_shut_out(struct mesh *mesh, const char *text);
 void mesh_start_accepts(struct mesh *mesh);
 void mesh_start_retry(struct mesh *mesh);
 void mesh_start_overdue(struct mesh *mesh);
@@ -221,6 +223,8 @@ int mesh_choose_sidecar_port(struct mesh *mesh, struct meshx_failure *failure);
 uint64_t mesh_registration_change(struct mesh *mesh);
 /* Sends it if something is to be sent and nothing is under way. */
 void mesh_registration_apply(struct mesh *mesh);
+/* Whether a registration that failed with |code| was surely not done. */
+bool mesh_registration_is_refused(int code);
 /* The agent does not know us any more. */
 void mesh_registration_lost(struct mesh *mesh);
 

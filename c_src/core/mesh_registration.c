@@ -48,6 +48,11 @@ static int write_registration(const struct mesh *mesh, char **out,
     return code;
 }
 
+bool mesh_registration_is_refused(int code) {
+    return code == MESHX_EAGENT_REFUSED || code == MESHX_EAGENT_ACL ||
+           code == MESHX_ECONFIG;
+}
+
 uint64_t mesh_registration_change(struct mesh *mesh) {
     uint64_t revision = ++mesh->registration.wanted;
     mesh_registration_apply(mesh);
@@ -119,7 +124,7 @@ static void on_registered(const struct meshx_failure *failure, void *argument) {
         registration->applied = registration->sent;
         mesh->registrations++;
     } else if (failure->code != MESHX_EAGENT_UNREACHABLE &&
-               failure->code != MESHX_EAGENT_ACL && failure->code != MESHX_ECONFIG) {
+               !mesh_registration_is_refused(failure->code)) {
         registration->may_exist = true; /* it may have done it and not said so */
     }
     settle(mesh, failure);

@@ -14,12 +14,14 @@
 #include "error.h"
 #include "mesh_internal.h"
 #include "sock.h"
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
 #define PROBE_INTERVAL 5 /* milliseconds; decides how long a start takes */
 #define LOOK_INTERVAL 3  /* milliseconds; so does this */
 #define LOOKS_MAX 500
+#define PLACES 3 /* where a former owner may listen */
 
 static void begin_step(struct mesh *mesh, enum mesh_step step);
 
@@ -96,14 +98,36 @@ static void in_use(struct mesh *mesh, const char *by) {
     fail_start(mesh, &failure);
 }
 
-static void on_former_owner(bool accepts, void *argument) {
+static void on_former_owner(enum probe_answer answer, void *argument);
+
+/* Where the former owner may listen: like us, or at a loopback address of either kind. */
+static void probe_former_owner(struct mesh *mesh) {
+    const char *const addresses[PLACES] = {mesh->config.listen_probe_address, "127.0.0.1",
+                                           "::1"};
+    if (probe_start(mesh->loop, addresses[mesh->claim.probes++], mesh->claim.ours_port, 0,
+                    0, on_former_owner, mesh, &mesh->probe) != MESHX_OK) {
+        fail_out_of_memory(mesh);
+    }
+}
+
+static void on_former_owner(enum probe_answer answer, void *argument) {
     struct mesh *mesh = argument;
+    bool is_first = mesh->claim.probes == 1; /* the host may lack the other addresses */
     mesh->probe = NULL;
-    if (accepts) {
+    if (answer == PROBE_NOT_MADE && is_first) {
+        struct meshx_failure failure;
+        error_set(
+            &failure, MESHX_ESYSTEM,
+            "whether another %s listens at port %u can't be probed: " PROBE_NOT_MADE_WHY,
+            mesh->config.values.node, mesh->claim.ours_port);
+        fail_start(mesh, &failure);
+    } else if (answer == PROBE_ACCEPTS) {
         char by[96];
         snprintf(by, sizeof by, "a node on this host that listens at port %u",
                  mesh->claim.ours_port);
         in_use(mesh, by);
+    } else if (mesh->claim.probes < PLACES) {
+        probe_former_owner(mesh);
     } else {
         begin_step(mesh, MESH_REGISTER); /* left over by a crash: takes its place */
     }
@@ -130,10 +154,7 @@ static void judge_claim(struct mesh *mesh) {
     /* A leftover with our own port can't be alive: the listener is ours. */
     if (claim->ours_exists && claim->ours_port != 0 &&
         claim->ours_port != mesh->config.values.listen_port) {
-        if (probe_start(mesh->loop, mesh->config.listen_probe_address, claim->ours_port,
-                        0, 0, on_former_owner, mesh, &mesh->probe) != MESHX_OK) {
-            fail_out_of_memory(mesh);
-        }
+        probe_former_owner(mesh);
         return;
     }
     begin_step(mesh, MESH_REGISTER);
@@ -230,8 +251,17 @@ int mesh_choose_sidecar_port(struct mesh *mesh, struct meshx_failure *failure) {
         mesh->sidecar_port = range.first;
         return MESHX_OK;
     }
-    if (sock_find_port(mesh->config.sidecar_bind_address, range, port_taken, mesh,
-                       &mesh->sidecar_port) != 0) {
+    int error = sock_find_port(mesh->config.sidecar_bind_address, range, port_taken, mesh,
+                               &mesh->sidecar_port);
+    if (error == -EADDRNOTAVAIL) {
+        return error_set(failure, MESHX_ECONFIG,
+                         "sidecar_address is %s, but must be an address of this host",
+                         mesh->config.sidecar_bind_address);
+    }
+    if (error != -EADDRINUSE && error != 0) {
+        return error_set_errno(failure, -error, "can't look for a port in sidecar_ports");
+    }
+    if (error != 0) {
         return error_set(failure, MESHX_ENO_PORT,
                          "no port in sidecar_ports %u..%u is free at %s for the sidecar "
                          "of %s",
@@ -286,14 +316,14 @@ void mesh_start_accepts(struct mesh *mesh) {
 }
 
 /* Someone was faster at the port we chose: takes another one, once. */
-static void move_sidecar(struct mesh *mesh, const char *text) {
+void mesh_start_shut_out(struct mesh *mesh, const char *text) {
     struct meshx_failure failure;
     uint16_t port = mesh->sidecar_port;
     if (mesh->registration.moving != 0) {
         return; /* the same news from another line */
     }
     if (mesh->moved_at_once || mesh->config.values.sidecar_ports.first ==
-                                    mesh->config.values.sidecar_ports.last) {
+                                   mesh->config.values.sidecar_ports.last) {
         error_set(&failure, MESHX_ENO_PORT,
                   "port %u (sidecar_ports) is in use by another program: %.300s", port,
                   text);
@@ -317,14 +347,10 @@ static void move_sidecar(struct mesh *mesh, const char *text) {
     mesh_registration_change(mesh);
 }
 
-void mesh_start_shut_out(struct mesh *mesh, const char *line) {
-    move_sidecar(mesh, line);
-}
-
 void mesh_start_sidecar_ended(struct mesh *mesh, const struct meshx_failure *failure) {
     if (failure->code == MESHX_ESIDECAR_EXITED &&
         strstr(failure->text, "address already in use") != NULL) {
-        move_sidecar(mesh, failure->text);
+        mesh_start_shut_out(mesh, failure->text);
     } else {
         fail_start(mesh, failure);
     }

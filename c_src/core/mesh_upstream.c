@@ -15,6 +15,7 @@
 #include "error.h"
 #include "mesh_internal.h"
 #include "sock.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -110,7 +111,12 @@ static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
                         struct meshx_failure *failure) {
     const struct meshx_port_range range = mesh->config.values.upstream_ports;
     struct mesh_upstream upstream = {.revision = mesh->registration.wanted + 1};
-    if (sock_find_port("127.0.0.1", range, port_taken, mesh, &upstream.port) != 0) {
+    int error = sock_find_port("127.0.0.1", range, port_taken, mesh, &upstream.port);
+    if (error != 0 && error != -EADDRINUSE) {
+        return error_set_errno(failure, -error, "can't look for a port for the way to %s",
+                               request->node);
+    }
+    if (error != 0) {
         return error_set(failure, MESHX_ENO_PORT,
                          "no port in upstream_ports %u..%u is free for the way to %s",
                          range.first, range.last, request->node);
@@ -133,13 +139,26 @@ static void free_upstream(struct mesh_upstream *upstream) {
     free(upstream->service_name);
 }
 
-/* Gives up those that were in the refused revision and never applied. */
-static void drop_upstreams(struct mesh *mesh, uint64_t revision) {
+/* The sidecar has never heard of it. */
+static void release_port(struct mesh *mesh, uint16_t port) {
+    size_t i = 0;
+    while (mesh->used_ports[i] != port) {
+        i++;
+    }
+    mesh->used_ports[i] = mesh->used_ports[--mesh->used_count];
+}
+
+/* Gives up those that were in the refused revision and never applied. Their ports too,
+ * unless the agent may have done it and not said so. */
+static void drop_upstreams(struct mesh *mesh, uint64_t revision, int code) {
     size_t kept = 0;
     for (size_t i = 0; i < mesh->upstream_count; i++) {
         struct mesh_upstream *upstream = &mesh->upstreams[i];
         if (upstream->revision > mesh->registration.applied &&
             upstream->revision <= revision) {
+            if (mesh_registration_is_refused(code)) {
+                release_port(mesh, upstream->port);
+            }
             free_upstream(upstream);
         } else {
             mesh->upstreams[kept++] = *upstream;
@@ -163,7 +182,7 @@ void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
         }
     }
     if (failure != NULL) {
-        drop_upstreams(mesh, revision);
+        drop_upstreams(mesh, revision, failure->code);
     }
 }
 

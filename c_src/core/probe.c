@@ -28,8 +28,8 @@ struct probe {
     uint32_t interval;
     bool only_once;
     bool cancelled;
-    bool accepts;
-    uint64_t deadline; /* by loop_now() */
+    enum probe_answer answer; /* of the last try */
+    uint64_t deadline;        /* by loop_now() */
     uv_tcp_t tcp;
     uv_connect_t connect;
     struct loop_timer *timer;
@@ -44,7 +44,7 @@ static void probe_free(struct probe *probe) {
 
 static void report(struct probe *probe) {
     probe->state = REPORTING;
-    probe->done(probe->accepts, probe->argument);
+    probe->done(probe->answer, probe->argument);
     probe_free(probe);
 }
 
@@ -58,7 +58,7 @@ static void on_closed(uv_handle_t *handle) {
     uint64_t left = time_left(probe);
     if (probe->cancelled) {
         probe_free(probe);
-    } else if (probe->accepts || probe->only_once || left == 0) {
+    } else if (probe->answer == PROBE_ACCEPTS || probe->only_once || left == 0) {
         report(probe);
     } else {
         probe->state = WAITING;
@@ -66,9 +66,9 @@ static void on_closed(uv_handle_t *handle) {
     }
 }
 
-static void end_try(struct probe *probe, bool accepts) {
+static void end_try(struct probe *probe, enum probe_answer answer) {
     probe->state = CLOSING;
-    probe->accepts = accepts;
+    probe->answer = answer;
     loop_timer_stop(probe->timer);
     uv_close((uv_handle_t *)&probe->tcp, on_closed);
 }
@@ -88,8 +88,16 @@ static bool is_connected_to_itself(const uv_tcp_t *tcp) {
 static void on_connect(uv_connect_t *connect, int status) {
     struct probe *probe = connect->data;
     if (probe->state == CONNECTING) {
-        end_try(probe, status == 0 && !is_connected_to_itself(&probe->tcp));
+        end_try(probe, status == 0 && !is_connected_to_itself(&probe->tcp)
+                           ? PROBE_ACCEPTS
+                           : PROBE_REFUSES);
     }
+}
+
+/* Whether |error| of a connect() is for want of something of our own. */
+static bool is_our_want(int error) {
+    return error == UV_EMFILE || error == UV_ENFILE || error == UV_ENOBUFS ||
+           error == UV_ENOMEM || error == UV_EADDRNOTAVAIL;
 }
 
 static void begin_try(struct probe *probe) {
@@ -101,18 +109,19 @@ static void begin_try(struct probe *probe) {
     uv_tcp_init(loop_uv(probe->loop), &probe->tcp);
     probe->tcp.data = probe;
     probe->connect.data = probe;
-    if (uv_tcp_connect(&probe->connect, &probe->tcp,
-                       (struct sockaddr *)&probe->address.storage, on_connect) == 0) {
+    int error = uv_tcp_connect(&probe->connect, &probe->tcp,
+                               (struct sockaddr *)&probe->address.storage, on_connect);
+    if (error == 0) {
         loop_timer_start(probe->timer, limit);
     } else {
-        end_try(probe, false);
+        end_try(probe, is_our_want(error) ? PROBE_NOT_MADE : PROBE_REFUSES);
     }
 }
 
 static void on_timer(void *argument) {
     struct probe *probe = argument;
     if (probe->state == CONNECTING) {
-        end_try(probe, false);
+        end_try(probe, PROBE_REFUSES);
     } else if (probe->only_once || time_left(probe) > 0) {
         begin_try(probe);
     } else {
@@ -160,6 +169,6 @@ void probe_cancel(struct probe *probe) {
     if (probe->state == WAITING) {
         probe_free(probe);
     } else if (probe->state == CONNECTING) {
-        end_try(probe, false);
+        end_try(probe, PROBE_REFUSES);
     }
 }

@@ -11,7 +11,16 @@
 
 struct probe;
 
-typedef void (*probe_done)(bool accepts, void *argument);
+/* For people. */
+#define PROBE_NOT_MADE_WHY "too many open files (ulimit -n), or no local port is left"
+
+enum probe_answer {
+    PROBE_ACCEPTS,
+    PROBE_REFUSES, /* or is silent, or can't be reached */
+    PROBE_NOT_MADE /* we have no descriptor or no port left: says nothing about it */
+};
+
+typedef void (*probe_done)(enum probe_answer answer, void *argument);
 
 /*
  * Tries |address|:|port| every |interval| ms until it accepts or |timeout| ms are over

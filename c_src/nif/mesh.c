@@ -7,6 +7,11 @@
  */
 #include "mesh.h"
 #include <string.h>
+#include <time.h>
+
+/* Lines of the sidecar's output passed on in a second. The receiver's mailbox has no
+ * bound, and the lease's renewals wait in it too. */
+#define LINES_PER_SECOND 1000
 
 static ErlNifResourceType *mesh_type;
 static char lock_name[] = "meshx_mesh"; /* the NIF API takes no const name */
@@ -23,6 +28,9 @@ struct subscriber {
     ErlNifPid pid;
     ErlNifEnv *env; /* holds |tag| */
     ERL_NIF_TERM tag;
+    time_t second;  /* the last one with output */
+    unsigned lines; /* of output in it */
+    uint64_t dropped;
 };
 
 /* ---- life ---- */
@@ -205,9 +213,7 @@ static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
     return am_undefined;
 }
 
-/* Called by the core, on its control thread. */
-static void on_event(const struct meshx_event *event, void *context) {
-    struct subscriber *subscriber = context;
+static void send_event(struct subscriber *subscriber, const struct meshx_event *event) {
     ErlNifEnv *env = enif_alloc_env();
 
     if (env == NULL) {
@@ -218,6 +224,38 @@ static void on_event(const struct meshx_event *event, void *context) {
               enif_make_tuple4(env, am_meshx_event, enif_make_copy(env, subscriber->tag),
                                make_type(event->type), make_data(env, event)));
     enif_free_env(env);
+}
+
+static bool is_flood(struct subscriber *subscriber) {
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (subscriber->second != now.tv_sec) {
+        subscriber->second = now.tv_sec;
+        subscriber->lines = 0;
+    }
+    return ++subscriber->lines > LINES_PER_SECOND;
+}
+
+/* Called by the core, on its control thread. */
+static void on_event(const struct meshx_event *event, void *context) {
+    struct subscriber *subscriber = context;
+
+    if (event->type == MESHX_EVENT_OUTPUT && is_flood(subscriber)) {
+        subscriber->dropped++;
+        return;
+    }
+    if (subscriber->dropped > 0) {
+        char text[128];
+        enif_snprintf(text, sizeof text,
+                      "the sidecar writes more than %d lines a second, %lu were dropped",
+                      LINES_PER_SECOND, (unsigned long)subscriber->dropped);
+        subscriber->dropped = 0;
+        send_event(subscriber, &(struct meshx_event){.type = MESHX_EVENT_LOG,
+                                                     .level = MESHX_LEVEL_WARNING,
+                                                     .text = text});
+    }
+    send_event(subscriber, event);
 }
 
 static void on_release(void *context) {

@@ -8,7 +8,7 @@
  *   failed    {Code, Text}                                  start failed, undone
  *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
  *   info      {Request, {ok, Map} | {error, {Code, Text}}}
- *   output    {stdout | stderr, Line}
+ *   output    {stdout | stderr, Line}                       not all of a flood
  *   log       {info | notice | warning | error, Text}
  *   stopped   undefined | {Code, Text}                      the last one
  *

@@ -522,6 +522,10 @@ static void other_versions_say_it_otherwise(void **state) {
         assert_fails(&context, (enum call)call, "x", "y", MESHX_EAGENT_NO_LEADER,
                      "500 No cluster leader");
     }
+    web_server_set_answer(server, 500, "No known Consul servers"); /* before its join */
+    assert_fails(&context, INSTANCES, "x", NULL, MESHX_EAGENT_NO_LEADER, "No known");
+    web_server_set_answer(server, 500, "rpc error: failed to get conn: dial tcp");
+    assert_fails(&context, ALLOWED, "a", "b", MESHX_EAGENT_NO_LEADER, "be reachable");
     web_server_set_answer(server, 500, "CheckID trouble of another kind");
     assert_fails(&context, PASS, "x", NULL, MESHX_EAGENT_REFUSED, "of another kind");
     web_server_set_answer(server, 429, "Your IP is issuing too many\r\nconnections");

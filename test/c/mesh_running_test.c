@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -152,13 +153,17 @@ static void each_refusal_says_why_and_leaves_no_upstream(void **state) {
 static void a_refused_registration_fails_its_requests_only(void **state) {
     struct node *node = node_new(shared_agent, "picky@test");
     node->config.upstream_template = "{\"NoSuchField\":1}"; /* a 400 of the agent */
+    const uint16_t port = agent_free_port();
+    node->config.upstream_ports = (struct meshx_port_range){port, port};
     node_open(node, *state);
     node_wait(node, MESHX_EVENT_READY, 0, NULL);
     register_other("wanted@test", "wanted@test", "wanted@test", "\"Port\":1");
-    const struct node_event *answer =
-        node_upstream(node, "wanted@test", "wanted@test", MESHX_UPSTREAM_DIAL);
-    assert_int_equal(answer->code, MESHX_EAGENT_REFUSED);
-    assert_non_null(strstr(answer->text, "NoSuchField"));
+    for (int i = 0; i < 2; i++) { /* the only port is free again */
+        const struct node_event *answer =
+            node_upstream(node, "wanted@test", "wanted@test", MESHX_UPSTREAM_DIAL);
+        assert_int_equal(answer->code, MESHX_EAGENT_REFUSED);
+        assert_non_null(strstr(answer->text, "NoSuchField"));
+    }
     const struct meshx_info info = node_info(node)->info;
     assert_int_equal(info.upstream_count, 0);
     assert_true(info.registered);
@@ -351,6 +356,40 @@ static void a_stranger_at_the_port_is_not_the_sidecar(void **state) {
     agent_remove_directory(directory);
 }
 
+/* Only then a probe can't be made, which says nothing about the sidecar. */
+static void without_descriptors_the_sidecar_is_let_be(void **state) {
+    struct node *node = node_new(shared_agent, "crowded@test");
+    enum { MANY = 100 };
+    int taken[MANY];
+    int count = 0;
+    struct rlimit before;
+    node->config.ttl = 900;
+    node_open(node, *state);
+    node_wait(node, MESHX_EVENT_READY, 0, NULL);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    const struct rlimit few = {MANY, before.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    while (count < MANY && (taken[count] = dup(STDERR_FILENO)) >= 0) {
+        count++;
+    }
+    /* Five heartbeats at least: each passes one check, or both. */
+    const uint64_t requests = node_info(node)->info.requests;
+    struct meshx_info info = {0};
+    while (info.requests < requests + 10) {
+        info = node_info(node)->info;
+        node_pause();
+    }
+    while (count > 0) {
+        close(taken[--count]);
+    }
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "can't be probed"), 1);
+    await(SIDECAR_HEALTH, "crowded@test", 200, NULL);
+    assert_int_equal(node_info(node)->info.sidecar_starts, 1);
+    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "restarting it"), 0);
+    node_free(node);
+}
+
 static void an_external_sidecar_may_come_later(void **state) {
     struct node *node = node_new(shared_agent, "outside@test");
     struct node *listener = node_new(shared_agent, "unused@test");
@@ -394,6 +433,7 @@ int main(void) {
         TEST(a_stuck_vm_goes_critical),
         TEST(a_deaf_sidecar_is_replaced),
         TEST(a_stranger_at_the_port_is_not_the_sidecar),
+        TEST(without_descriptors_the_sidecar_is_let_be),
         TEST(an_external_sidecar_may_come_later),
     };
     return RUN_TESTS(tests);

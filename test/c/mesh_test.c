@@ -243,6 +243,21 @@ static void a_live_owner_keeps_its_name(void **state) {
     assert_int_equal(node_info(owner)->info.registrations, 1);
     node_free(rival);
 
+    /* Also when the rival listens elsewhere. */
+    rival = node_new(shared_agent, "owned@test");
+    rival->config.listen_address = "::1";
+    assert_int_equal(fail_to_start(rival, *state)->code, MESHX_ENAME_IN_USE);
+    assert_dialable("owned@test");
+    node_free(rival);
+
+    /* Nor does it lose its registration to one that the agent refuses. */
+    rival = node_new(shared_agent, "owned@test");
+    rival->config.force_registration = true;
+    rival->config.service_template = "{\"NoSuchField\":1}";
+    assert_int_equal(fail_to_start(rival, *state)->code, MESHX_EAGENT_REFUSED);
+    assert_dialable("owned@test");
+    node_free(rival);
+
     rival = node_new(shared_agent, "owned@test");
     rival->config.force_registration = true;
     node_open(rival, *state);
@@ -352,6 +367,16 @@ static void without_a_free_port_nothing_is_registered(void **state) {
     node->config.sidecar_ports = (struct meshx_port_range){port, port};
     assert_int_equal(fail_to_start(node, *state)->code, MESHX_ENO_PORT);
     assert_not_registered("portless@test");
+    node_free(node);
+}
+
+static void an_address_of_another_host_is_named(void **state) {
+    struct node *node = node_new(shared_agent, "elsewhere@test");
+    node->config.sidecar_address = "192.0.2.1";
+    const struct node_event *failed = fail_to_start(node, *state);
+    assert_int_equal(failed->code, MESHX_ECONFIG);
+    assert_non_null(strstr(failed->text, "sidecar_address is 192.0.2.1"));
+    assert_not_registered("elsewhere@test");
     node_free(node);
 }
 
@@ -478,6 +503,7 @@ int main(void) {
         TEST(a_slow_agent_is_waited_for),
         TEST(a_sidecar_that_fails_fails_the_start),
         TEST(without_a_free_port_nothing_is_registered),
+        TEST(an_address_of_another_host_is_named),
         TEST(a_port_lost_in_a_race_is_replaced),
         TEST(every_allocation_may_fail),
         TEST(every_allocation_may_fail_with_a_sidecar),

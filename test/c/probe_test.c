@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -23,7 +24,7 @@ struct attempt {
     bool called_too_early;
     bool started;
     int calls;
-    bool accepts;
+    enum probe_answer answer;
     sem_t done;
 };
 
@@ -50,11 +51,11 @@ static int bind_loopback(int family, uint16_t *port) {
     return fd;
 }
 
-static void on_done(bool accepts, void *argument) {
+static void on_done(enum probe_answer answer, void *argument) {
     struct attempt *attempt = argument;
     attempt->called_too_early = !attempt->started;
     attempt->calls++;
-    attempt->accepts = accepts;
+    attempt->answer = answer;
     if (attempt->cancel_in_callback) {
         probe_cancel(attempt->probe);
     }
@@ -101,7 +102,7 @@ static bool accepts(struct attempt *attempt) {
     control_run(attempt->loop, nothing, NULL); /* a second call would come now */
     assert_int_equal(attempt->calls, 1);
     assert_false(attempt->called_too_early);
-    return attempt->accepts;
+    return attempt->answer == PROBE_ACCEPTS;
 }
 
 static void a_listener_accepts(void **state) {
@@ -162,7 +163,7 @@ static void a_listener_may_come_late(void **state) {
     assert_false(accepts(&refused));
     assert_int_equal(listen(fd, 8), 0);
     control_wait(&attempt.done);
-    assert_true(attempt.accepts);
+    assert_int_equal(attempt.answer, PROBE_ACCEPTS);
     control_run(*state, nothing, NULL);
     close(fd);
 }
@@ -171,6 +172,30 @@ static void an_address_that_cannot_be_reached_does_not_accept(void **state) {
     struct attempt attempt = new_attempt(state, 9, 0);
     attempt.address = "255.255.255.255"; /* connect() itself fails */
     assert_false(accepts(&attempt));
+    assert_int_equal(attempt.answer, PROBE_REFUSES);
+}
+
+static void without_descriptors_nothing_is_said(void **state) {
+    uint16_t port;
+    struct rlimit before;
+    int listener = bind_loopback(AF_INET, &port);
+    assert_int_equal(listen(listener, 8), 0);
+    struct attempt once = new_attempt(state, port, 0);
+    struct attempt repeated = new_attempt(state, port, 600000);
+    struct attempt meanwhile = new_attempt(state, port, 20);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    const struct rlimit none = {0, before.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    assert_false(accepts(&once));
+    control_run(*state, begin, &repeated);
+    assert_false(accepts(&meanwhile));
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(once.answer, PROBE_NOT_MADE);
+    assert_int_equal(meanwhile.answer, PROBE_NOT_MADE);
+    control_wait(&repeated.done);
+    assert_int_equal(repeated.answer, PROBE_ACCEPTS);
+    control_run(*state, nothing, NULL);
+    close(listener);
 }
 
 static void only_numeric_addresses_are_taken(void **state) {
@@ -303,6 +328,7 @@ int main(void) {
         ON_LOOP(a_port_without_listener_does_not),
         ON_LOOP(a_listener_may_come_late),
         ON_LOOP(an_address_that_cannot_be_reached_does_not_accept),
+        ON_LOOP(without_descriptors_nothing_is_said),
         ON_LOOP(only_numeric_addresses_are_taken),
         ON_LOOP(a_hanging_connect_has_a_limit),
         ON_LOOP(a_cancelled_probe_never_calls),

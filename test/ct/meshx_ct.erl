@@ -271,6 +271,7 @@ start_vm(Config, Naming, Options) ->
     PeerOptions = Naming#{
         longnames => maps:get(longnames, Options, false),
         connection => standard_io,
+        exec => executable(),
         args => arguments(Log, Options),
         env => environment(Agent, Options),
         wait_boot => 60000
@@ -294,6 +295,12 @@ start_vm(Config, Naming, Options) ->
     after
         group_leader(Own, self())
     end.
+
+%% Standard error goes to a file: logger fails there when peer itself has a report to make at the
+%% end of a VM.
+executable() ->
+    Errors = filename:join(item(directory), "stderr"),
+    {"/bin/sh", ["-c", "exec \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", os:find_executable("erl")]}.
 
 remember(#{id := Id} = Node, Scope) ->
     true = ets:insert(?TABLE, {{node, Id}, Node, Scope}),

@@ -10,13 +10,13 @@
 -spec find(pos_integer()) -> process() | none.
 find(OsPid) ->
     case status(OsPid) of
-        {_Parent, State, Process} when State =/= <<"Z">>, State =/= <<"X">> -> Process;
-        _ -> none
+        {_Parent, Process} -> Process;
+        none -> none
     end.
 
 -spec children(pos_integer()) -> [process()].
 children(OsPid) ->
-    [Process || {Parent, _, Process} <- all(), Parent =:= OsPid].
+    [Process || {Parent, Process} <- all(), Parent =:= OsPid].
 
 -spec descendants(pos_integer()) -> [process()].
 descendants(OsPid) ->
@@ -25,7 +25,7 @@ descendants(OsPid) ->
 descendants([], _All, Found) ->
     Found;
 descendants(Parents, All, Found) ->
-    Next = [Process || {Parent, _, Process} <- All, lists:member(Parent, Parents)],
+    Next = [Process || {Parent, Process} <- All, lists:member(Parent, Parents)],
     descendants([OsPid || {OsPid, _, _} <- Next], All, Next ++ Found).
 
 -spec is_alive(process()) -> boolean().
@@ -69,7 +69,11 @@ status(OsPid) ->
             {Close, _} = lists:last(binary:matches(AfterOpen, <<")">>)),
             <<Program:Close/binary, ") ", Rest/binary>> = AfterOpen,
             [State, Parent | Fields] = binary:split(Rest, <<" ">>, [global]),
-            {binary_to_integer(Parent), State, {OsPid, lists:nth(18, Fields), Program}};
+            case lists:member(State, [<<"Z">>, <<"X">>]) of
+                false -> {binary_to_integer(Parent), {OsPid, lists:nth(18, Fields), Program}};
+                %% Dead, but its parent has not asked for its end.
+                true -> none
+            end;
         {error, _} ->
             none
     end.

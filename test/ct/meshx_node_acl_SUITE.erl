@@ -64,7 +64,7 @@ refused(Vm, Pattern) ->
     Mark = meshx_ct:mark(Vm),
     {error, _} = meshx_ct:net_start(Vm, refused, []),
     ?assert(meshx_ct:has_line(Vm, Mark, ["^error: meshx_node: node refused@.* does not start: .*", Pattern])),
-    ?assertEqual([], meshx_ct:watch(Vm)),
+    meshx_ct:wait("the end of guard and sidecar", fun() -> meshx_ct:watch(Vm) =:= [] end, 1000),
     ?assertEqual(none, meshx_ct:service(Vm#{node := meshx_ct:node_name(refused)})).
 
 no_token(Config) ->

@@ -22,6 +22,8 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) -> meshx_ct:end_suite(Config).
 
+end_per_testcase(nothing_is_left, Config) ->
+    meshx_ct:end_case(Config);
 end_per_testcase(_, Config) ->
     {A, #{node := NameB}, Agent} = actors(Config),
     meshx_ct_agent:delete_intentions(Agent),

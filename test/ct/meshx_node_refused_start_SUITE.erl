@@ -38,7 +38,7 @@ refused(#{agent := Agent} = Vm, Pattern) ->
     meshx_ct:wait("the line", fun() -> own_lines(Vm, Mark) =/= [] end),
     [Line] = own_lines(Vm, Mark),
     ?assertEqual({Line, match}, {Line, re:run(Line, ["node refused@.* does not start: .*", Pattern], [unicode, {capture, none}])}),
-    ?assertEqual([], meshx_ct:watch(Vm)),
+    meshx_ct:wait("the end of guard and sidecar", fun() -> meshx_ct:watch(Vm) =:= [] end, 1000),
     ?assertEqual(nonode@nohost, meshx_ct:call(Vm, erlang, node, [])),
     ?assertEqual(lists:sort(maps:keys(Before)), lists:sort(maps:keys(meshx_ct_agent:services(Agent)))),
     Line.
