@@ -81,6 +81,7 @@ static void send_check(struct mesh_check *check) {
     check->in_flight = true;
     check->again = false;
     check->sent = check->wanted;
+    check->registration = check->mesh->registration.applied;
     if (consul_check(check->mesh->consul, check->id, check->wanted, check->note,
                      on_checked, check) != MESHX_OK) {
         struct meshx_failure failure;
@@ -102,7 +103,9 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
         mesh_start_checked(mesh, check, failure);
     } else if (failure != NULL && failure->code == MESHX_ENODE_UNKNOWN) {
         mesh_agent_result(mesh, check->talk, NULL);
-        if (!mesh->draining) {
+        if (mesh->registration.applied > check->registration) {
+            send_check(check); /* we have registered again since it was sent */
+        } else if (!mesh->draining) {
             mesh_registration_lost(mesh);
         }
     } else {

@@ -101,6 +101,7 @@ struct mesh_check {
     const char *id;
     enum consul_check wanted;
     enum consul_check sent;
+    uint64_t registration; /* the one applied when it was sent */
     char note[256];
     bool in_flight;
     bool again;  /* |wanted| has changed while a request is under way */
