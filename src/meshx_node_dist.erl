@@ -213,7 +213,8 @@ when
     Type :: normal | hidden.
 do_setup(Kernel, Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
     Timer = dist_util:start_timer(SetupTime),
-    Deadline = erlang:monotonic_time(millisecond) + SetupTime,
+    %% Earlier than the timer, which ends us without a word.
+    Deadline = erlang:monotonic_time(millisecond) + SetupTime - min(500, SetupTime div 4),
     case meshx_node_ctrl:dial(Node, Deadline) of
         {ok, Controller} ->
             dist_util:reset_timer(Timer),

@@ -98,7 +98,10 @@ call(Request) ->
     end.
 
 not_started() ->
-    {error, {stopped, <<"this node has no node service; is it started, with -proto_dist meshx_node?">>}}.
+    Text =
+        "this node has no node service: it is not started with -proto_dist meshx_node, or it has no "
+        "name of its own (-remsh without -name, -sname undefined), which is not supported",
+    {error, {stopped, list_to_binary(Text)}}.
 
 text(Format, Arguments) ->
     unicode:characters_to_binary(io_lib:format(Format, Arguments)).

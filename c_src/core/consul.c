@@ -137,7 +137,8 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     first_line(answer, line, sizeof line);
     if (answer->status == 403) {
         code = MESHX_EAGENT_ACL;
-        remedy = "; has the token (CONSUL_HTTP_TOKEN) the rights?";
+        remedy =
+            "; has the token (CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE) the rights?";
     } else if (answer->status == 429 || answer->status == 503) {
         code = MESHX_EAGENT_BUSY;
         remedy = "; it limits connections (http_max_conns_per_client) or requests";

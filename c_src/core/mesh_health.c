@@ -120,7 +120,7 @@ void mesh_check_set(struct mesh_check *check, enum consul_check status,
     }
     check->wanted = status;
     if (note != check->note) {
-        snprintf(check->note, sizeof check->note, "%s", note);
+        snprintf(check->note, sizeof check->note, "%.255s", note);
     }
     if (check->in_flight) {
         check->again = check->wanted != check->sent;

@@ -556,12 +556,14 @@ static bool usable(int argc, char **argv, uint32_t *stop_timeout) {
 }
 
 int main(int argc, char **argv) {
-    static struct guard guard = {
-        .exec_pipe = -1,
-        .owner_reads = true,
-        .owner_open = true,
-        .streams = {{.type = GUARD_STDOUT, .fd = -1}, {.type = GUARD_STDERR, .fd = -1}},
-    };
+    static struct guard guard; /* its megabyte of buffer must not stand in the file */
+    guard.exec_pipe = -1;
+    guard.owner_reads = true;
+    guard.owner_open = true;
+    guard.streams[0].type = GUARD_STDOUT;
+    guard.streams[0].fd = -1;
+    guard.streams[1].type = GUARD_STDERR;
+    guard.streams[1].fd = -1;
     if (!usable(argc, argv, &guard.stop_timeout)) {
         fputs("usage: meshx_guard STOP_TIMEOUT_MS PROGRAM [ARGUMENT ...]\n"
               "Runs PROGRAM until descriptor 3, a stream socket, reaches its end.\n"
