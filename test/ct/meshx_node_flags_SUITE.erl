@@ -96,6 +96,8 @@ connect_all_false(Config) ->
         [start(Config, Name, ["-connect_all", "false"]) || Name <- [a, b, c]],
     ?assert(meshx_ct:connect(NodeA, B)),
     ?assert(meshx_ct:connect(NodeB, C)),
+    %% Both ends know it: the one that was dialled is the later one.
+    ?assertEqual([pong, pong], [meshx_ct:call(NodeB, net_adm, ping, [Name]) || Name <- [A, C]]),
     %% Had global been told to connect a and c, it would have done so before it answers.
     [meshx_ct:call(Node, gen_server, call, [global_name_server, get_known]) || Node <- [NodeA, NodeB, NodeC]],
     ?assertEqual([B], meshx_ct:call(NodeA, erlang, nodes, [])),
@@ -106,6 +108,7 @@ hidden(Config) ->
     #{node := Plain} = PlainNode = plain(Config),
     #{node := Hidden} = Node = start(Config, secret, ["-hidden"]),
     ?assert(meshx_ct:connect(Node, Plain)),
+    ?assertEqual(pong, meshx_ct:call(Node, net_adm, ping, [Plain])),
     ?assertEqual({[], [Hidden]}, meshx_ct:call(PlainNode, fun() -> {nodes(), nodes(hidden)} end)),
     ?assertEqual({[], [Plain]}, meshx_ct:call(Node, fun() -> {nodes(), nodes(hidden)} end)),
     works(Config, Node).

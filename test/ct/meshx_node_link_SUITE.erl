@@ -79,6 +79,8 @@ first_connect_right_after_the_start(Config) ->
      || {Vm, Name} <- lists:zip(Vms, [fresh1, fresh2])
     ]),
     ?assert(meshx_ct:connect(One, Two)),
+    %% The one that was dialled may know it a moment later; a message settles it.
+    ?assertEqual(pong, meshx_ct:call(One, net_adm, ping, [maps:get(node, Two)])),
     ?assertEqual([maps:get(node, One)], meshx_ct:call(Two, erlang, nodes, [])),
     ?assert(meshx_ct:connect(Two, One)),
     ?assertEqual([], meshx_ct:own_lines(One, 0)),

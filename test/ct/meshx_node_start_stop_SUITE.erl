@@ -169,8 +169,13 @@ net_kernel_stop(#{agent := Agent, node := Name} = Node) ->
     [_, _ | _] = Processes = meshx_ct:watch(Node),
     ok = meshx_ct:call(Node, net_kernel, stop, []),
     ?assertNot(maps:is_key(atom_to_binary(Name), meshx_ct_agent:services(Agent))),
-    ?assertEqual([], [Process || Process <- Processes, meshx_ct_proc:is_alive(Process)]),
+    are_gone(Processes),
     ?assertEqual(nonode@nohost, meshx_ct:call(Node, erlang, node, [])).
+
+%% The guard closes its socket, by which it is known to have ended, just before it has.
+are_gone(Processes) ->
+    Gone = fun() -> not lists:any(fun meshx_ct_proc:is_alive/1, Processes) end,
+    meshx_ct:wait("the end of guard and sidecar", Gone, 2000).
 
 init_stop_leaves_nothing(Config) ->
     ends_without_rest(Config, fun meshx_ct:stop/1).
@@ -187,7 +192,7 @@ ends_without_rest(Config, Stop) ->
             [_, _ | _] = Processes = meshx_ct:watch(Node),
             Stop(Node),
             ?assertEqual(none, meshx_ct:service(Node)),
-            ?assertEqual([], [Process || Process <- Processes, meshx_ct_proc:is_alive(Process)])
+            are_gone(Processes)
         end
      || Node <- [Booted, Dynamic]
     ].
@@ -200,8 +205,7 @@ sigkill_leaves_no_process_and_the_name_starts_again(Config) ->
         lists:usort([meshx_ct_proc:program(Process) || Process <- Processes])
     ),
     meshx_ct:kill(Killed),
-    Gone = fun() -> not lists:any(fun meshx_ct_proc:is_alive/1, Processes) end,
-    meshx_ct:wait("the end of guard and sidecar", Gone, 2000),
+    are_gone(Processes),
     ?assertNotEqual(none, meshx_ct:service(Killed)),
     Next = meshx_ct:start(Config, killed, #{}),
     is_service(Next),
