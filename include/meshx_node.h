@@ -223,11 +223,11 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
                     const struct meshx_callbacks *callbacks, struct meshx_mesh **out,
                     struct meshx_failure *failure);
 
+/* What to find out: whether our sidecar accepts, the node exists, is healthy, and
+ * allowed. */
 enum meshx_upstream_mode {
-    MESHX_UPSTREAM_DIAL, /* ask the agent, then make sure that the sidecar has an upstream
-                          */
-    MESHX_UPSTREAM_ASK, /* only ask the agent whether the node exists, is healthy, allowed
-                         */
+    MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
+    MESHX_UPSTREAM_ASK,  /* no more than that */
 };
 
 /*

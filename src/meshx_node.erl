@@ -26,8 +26,9 @@ info(Key) ->
         Error -> Error
     end.
 
-%% Why a node can or can't be reached, as our Consul agent sees it: does it exist, is it
-%% healthy, do intentions allow us to dial it? Dials nobody and changes nothing.
+%% Why a node can or can't be reached: does our sidecar accept, and as our Consul agent sees it:
+%% does the node exist, is it healthy, do intentions allow us to dial it? Dials nobody and
+%% changes nothing.
 -spec explain(node()) -> ok | {error, meshx_node_nif:failure()}.
 explain(Node) ->
     case meshx_node_mesh:upstream(Node, ask) of

@@ -244,13 +244,15 @@ static void dial(struct mesh_request *request) {
 static void answer_sidecar_down(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     struct meshx_failure failure;
-    bool gone = mesh->sidecar != NULL && mesh->sidecar_pid == 0;
+    const char *why = "does not accept; the log says why";
+    if (mesh->sidecar == NULL) {
+        why = "does not accept; it is not run by us, is it started?";
+    } else if (mesh->sidecar_pid == 0) {
+        why = "does not run (it is being restarted); the log says why";
+    }
     error_set(&failure, MESHX_ESIDECAR_DOWN,
-              "%s can't be dialed, because the sidecar of %s %s at port %u; the log says "
-              "why",
-              request->node, mesh->config.values.node,
-              gone ? "does not run (it is being restarted)" : "does not accept",
-              mesh->sidecar_port);
+              "%s can't be dialed, because the sidecar of %s at port %u %s",
+              request->node, mesh->config.values.node, mesh->sidecar_port, why);
     answer(request, &failure, 0);
 }
 
@@ -358,7 +360,7 @@ static void on_allowed(const struct meshx_failure *failure, bool allowed,
 
 static void look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    if (request->kind == MESH_REQUEST_DIAL && !mesh->sidecar_accepts) {
+    if (!mesh->sidecar_accepts) {
         answer_sidecar_down(request);
         return;
     }

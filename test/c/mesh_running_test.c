@@ -203,7 +203,7 @@ static void a_killed_sidecar_comes_back(void **state) {
         MESHX_ESIDECAR_DOWN);
     assert_int_equal(
         node_upstream(node, "dest@test", "dest@test", MESHX_UPSTREAM_ASK)->code,
-        MESHX_OK);
+        MESHX_ESIDECAR_DOWN);
 
     node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
     await(SIDECAR_HEALTH, "killed@test", 200, NULL);
