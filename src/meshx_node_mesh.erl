@@ -181,7 +181,7 @@ terminate(_Reason, #state{mesh = undefined}) ->
     ok;
 terminate(_Reason, #state{mesh = Mesh, tag = Tag} = S) ->
     meshx_node_nif:mesh_stop(Mesh),
-    await_stopped(Tag, S, erlang:monotonic_time(millisecond) + ?STOP_TIME).
+    await_stopped(Tag, release(S), erlang:monotonic_time(millisecond) + ?STOP_TIME).
 
 await_stopped(Tag, S, Deadline) ->
     receive
@@ -231,8 +231,10 @@ request(From, #state{next = Next, requests = Requests} = S, Send) ->
     case Send(Next) of
         ok ->
             {noreply, S#state{next = Next + 1, requests = Requests#{Next => From}}};
-        {error, Code} ->
-            {reply, {error, {Code, atom_to_binary(Code)}}, S}
+        {error, stopped} ->
+            {reply, {error, {stopped, <<"this node is stopping">>}}, S};
+        {error, out_of_memory} ->
+            {reply, {error, {out_of_memory, <<"out of memory">>}}, S}
     end.
 
 %% ---- events of the C side, listed in c_src/nif/mesh.h ----
