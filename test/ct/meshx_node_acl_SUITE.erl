@@ -111,6 +111,8 @@ token_never_shows(Config) ->
     meshx_ct:failed_connect(Node, meshx_ct:node_name(nobody), "is not registered"),
     {ok, Logged} = file:read_file(Log),
     ?assertEqual(nomatch, binary:match(Logged, list_to_binary(Secret))),
+    State = meshx_ct:call(Node, fun() -> io_lib:format("~0p", [sys:get_status(meshx_node_mesh)]) end),
+    ?assertEqual(nomatch, string:find(lists:flatten(State), Secret)),
     [_, _ | _] = Processes = meshx_ct:watch(Node),
     [
         begin

@@ -16,9 +16,11 @@ all() ->
         service_name_as_dns_label,
         sidecar_output_is_logged,
         sidecar_output_can_be_switched_off,
+        a_flood_of_sidecar_output_is_cut_short,
         info_tells_all,
         net_kernel_stop_leaves_nothing,
         starts_again_in_the_same_vm,
+        starts_again_while_the_former_sidecar_still_ends,
         init_stop_leaves_nothing,
         sigterm_leaves_nothing,
         sigkill_leaves_no_process_and_the_name_starts_again,
@@ -116,6 +118,20 @@ sidecar_output_can_be_switched_off(Config) ->
         meshx_ct:has_line(Debug, 0, "^error: .*\\[stdout\\]: ")
     end).
 
+%% The node's process stays free for what matters.
+a_flood_of_sidecar_output_is_cut_short(Config) ->
+    Node = meshx_ct:start(Config, flooded, #{args => shell_sidecar("yes & exec \"$0\" connect proxy -sidecar-for \"$1\"")}),
+    meshx_ct:wait("the line that says so", fun() -> meshx_ct:has_line(Node, 0, "^warning: .*lines a second") end),
+    ?assertEqual({ok, ready}, meshx_ct:call(Node, meshx_node, info, [state])),
+    {message_queue_len, Waiting} =
+        meshx_ct:call(Node, fun() -> process_info(whereis(meshx_node_mesh), message_queue_len) end),
+    ?assert(Waiting < 10000).
+
+%% Flags for a sidecar that a shell runs: $0 is consul, $1 the service's ID.
+shell_sidecar(Script) ->
+    Command = ["/bin/sh", "-c", Script, unicode:characters_to_list(meshx_ct_agent:binary()), "{{id}}"],
+    ["-meshx_node", "sidecar_command", lists:flatten(io_lib:format("~0p", [Command]))].
+
 info_tells_all(Config) ->
     Vm = meshx_ct:vm(Config, #{}),
     ?assertMatch({error, {stopped, _}}, meshx_ct:call(Vm, meshx_node, info, [])),
@@ -164,6 +180,19 @@ starts_again_in_the_same_vm(Config) ->
         end
      || Name <- [again, again, again, again, other_name]
     ].
+
+%% It is deaf to TERM: the former service ends after stop_timeout, and must not take the new one's
+%% registration, of the same ID, with it.
+starts_again_while_the_former_sidecar_still_ends(Config) ->
+    Deaf = "trap '' TERM; \"$0\" connect proxy -sidecar-for \"$1\" & while :; do sleep 1; done",
+    Vm = meshx_ct:vm(Config, #{args => shell_sidecar(Deaf)}),
+    #{agent := Agent, node := Name} = Node = meshx_ct:net_start(Vm, deaf),
+    ok = meshx_ct:call(Node, net_kernel, stop, []),
+    meshx_ct:wait("the warning", fun() -> meshx_ct:has_line(Node, 0, "^warning: .*has not ended yet") end),
+    Again = meshx_ct:net_start(Vm, deaf),
+    is_service(Again),
+    ?assertEqual({ok, 0}, meshx_ct:call(Again, meshx_node, info, [repairs])),
+    ?assert(maps:is_key(atom_to_binary(Name), meshx_ct_agent:services(Agent))).
 
 net_kernel_stop(#{agent := Agent, node := Name} = Node) ->
     [_, _ | _] = Processes = meshx_ct:watch(Node),

@@ -10,6 +10,7 @@ all() ->
     [
         connects_and_leaves,
         sends_no_handshake,
+        has_too_long_a_name,
         lies_about_lengths,
         breaks_the_handshake,
         stays_silent,
@@ -119,6 +120,22 @@ sends_no_handshake(Config) ->
             ?assertMatch({_, _}, binary:match(Line, integer_to_binary(Port)))
         end
      || Packet <- Packets
+    ].
+
+%% OTP's net_kernel makes an atom of the name, or of the host of a node that asks for a name (the
+%% flag 1 bsl 33), and would end, with the VM, on one that is too long.
+has_too_long_a_name(Config) ->
+    {A, _} = actors(Config),
+    Name = binary:copy(<<"n">>, 250),
+    [
+        begin
+            Mark = meshx_ct:mark(A),
+            Socket = dial(Config),
+            ok = gen_tcp:send(Socket, packet([<<$N, Flags:64, 0:32, (byte_size(Sent)):16>>, Sent])),
+            ?assertEqual(<<>>, is_dropped(Socket)),
+            meshx_ct:wait("a line", fun() -> meshx_ct:own_lines(A, Mark) =/= [] end)
+        end
+     || Flags <- [16#D07DF7FBD, 16#D07DF7FBD bor (1 bsl 33)], Sent <- [Name, <<Name/binary, "@host">>]
     ].
 
 %% More is announced than comes; less is announced than comes; nothing is announced.

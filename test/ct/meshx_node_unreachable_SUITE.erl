@@ -83,7 +83,11 @@ wrong_cookie(Config) ->
 
 not_a_node(Config) ->
     {A, _, _} = actors(Config),
-    [?assertEqual(false, meshx_ct:connect(A, Name)) || Name <- [nodename, '@host', 'name@', 'a@b@c']].
+    [?assertEqual(false, meshx_ct:connect(A, Name)) || Name <- [nodename, '@host', 'name@', 'a@b@c', 'a\0b@c']],
+    [
+        ?assertMatch({error, {node_unknown, _}}, meshx_ct:call(A, meshx_node, explain, [Name]))
+     || Name <- ["b@host", <<"b@host">>, 17, nodename, 'a\0b@c']
+    ].
 
 %%% Our own side
 
