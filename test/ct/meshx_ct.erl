@@ -12,7 +12,7 @@
 -export([start/3, start_all/2, vm/2, net_start/2, net_start/3, erl/3]).
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
--export([connect/2, failed_connect/3, service/1, sidecar/1]).
+-export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
 -export([wait/2, wait/3, mark/1, lines/2, own_lines/2, has_line/3]).
 -export_type([test_node/0, options/0]).
 
@@ -457,6 +457,11 @@ sidecar(Node) ->
         {ok, Pid} when is_integer(Pid) -> meshx_ct_proc:find(Pid);
         {ok, undefined} -> none
     end.
+
+%% Whether a message to a node connects to it. If so, one of global's may undo a disconnect at once.
+-spec auto_connect(test_node(), never | always) -> ok.
+auto_connect(Node, never) -> call(Node, application, set_env, [kernel, dist_auto_connect, never]);
+auto_connect(Node, always) -> call(Node, application, unset_env, [kernel, dist_auto_connect]).
 
 -spec connect(test_node(), test_node() | node()) -> boolean() | ignored.
 connect(Node, #{node := Other}) ->

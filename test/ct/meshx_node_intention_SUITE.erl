@@ -18,6 +18,7 @@ all() ->
 init_per_suite(Config) ->
     Config1 = meshx_ct:init_suite(Config),
     [A, B] = meshx_ct:start_all(Config1, [a, b]),
+    [meshx_ct:auto_connect(Node, never) || Node <- [A, B]],
     [{a, A}, {b, B} | Config1].
 
 end_per_suite(Config) -> meshx_ct:end_suite(Config).
@@ -69,6 +70,7 @@ denied_one_way_only(Config) ->
 denied_by_a_wildcard_but_for_one(Config) ->
     {A, B, Agent} = actors(Config),
     C = meshx_ct:start(Config, c, #{}),
+    meshx_ct:auto_connect(C, never),
     meshx_ct_agent:deny(Agent, <<"*">>, service_name(B)),
     meshx_ct_agent:allow(Agent, service_name(C), service_name(B)),
     is_denied(A, B),

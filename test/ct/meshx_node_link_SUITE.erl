@@ -91,6 +91,7 @@ first_connect_right_after_the_start(Config) ->
 %% take it for the new one, and so a connect may now and then be false; the next one is true.
 simultaneous_connects(Config) ->
     {A, B} = pair(Config),
+    [meshx_ct:auto_connect(Node, never) || Node <- [A, B]],
     Connects = [fun() -> meshx_ct:connect(A, B) end, fun() -> meshx_ct:connect(B, A) end],
     Rounds = [
         begin
@@ -104,6 +105,7 @@ simultaneous_connects(Config) ->
         end
      || Round <- lists:seq(1, 20)
     ],
+    [meshx_ct:auto_connect(Node, always) || Node <- [A, B]],
     ?assert(length([ok || [true, true] <- Rounds]) >= 15).
 
 disconnect(A, #{node := B} = NodeB) ->
