@@ -450,7 +450,10 @@ static bool live_with_failure(struct meshx_loop *loop, unsigned nth, bool manage
             meshx_mesh_drain(node->mesh);
         }
         /* A process that is not started for want of memory is a failed system call. */
-        assert_true(code == MESHX_OK || code == MESHX_ENOMEM || code == MESHX_ESYSTEM);
+        if (code != MESHX_OK && code != MESHX_ENOMEM && code != MESHX_ESYSTEM) {
+            node_show_events(node);
+            fail_msg("allocation %u: %s", nth, meshx_error_name(code));
+        }
         node_stop(node);
     }
     bool failed = allocation_failed();

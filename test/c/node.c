@@ -130,7 +130,7 @@ static bool matches(const struct node_event *event, unsigned types, uint64_t req
            (text == NULL || strstr(event->text, text) != NULL);
 }
 
-static void show_events(const struct node *node) {
+void node_show_events(const struct node *node) {
     for (size_t i = 0; i < node->count; i++) {
         const struct node_event *event = &node->events[i];
         print_error("%s: event %d request %llu code %d: %s\n", node->name,
@@ -161,7 +161,7 @@ static const struct node_event *wait_for(struct node *node, unsigned types,
     if (found != NULL) {
         found->waited_for = true;
     } else {
-        show_events(node);
+        node_show_events(node);
     }
     pthread_mutex_unlock(&node->lock);
     if (found == NULL) {

@@ -67,6 +67,8 @@ const struct node_event *node_wait(struct node *node, enum meshx_event_type type
 const struct node_event *node_wait_started(struct node *node);
 /* How many of them there are so far, waited for or not. */
 size_t node_count(struct node *node, enum meshx_event_type type, const char *text);
+/* Prints all of them so far, for whoever reads why a test failed. */
+void node_show_events(const struct node *node);
 
 /* Ask and wait for the answer. */
 const struct node_event *node_info(struct node *node);
