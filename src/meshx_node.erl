@@ -8,7 +8,8 @@
 %% Keys: state (starting | ready | stopping | stopped), service_id, service_name, agent,
 %% listen_port, sidecar_port, sidecar_pid, sidecar_accepts, registered, sidecar_starts,
 %% registrations, repairs, requests, request_failures (counts since the start),
-%% upstreams ([#{node, service_name, port, applied}]), last_failure (undefined | {Code, Text}),
+%% upstreams ([#{node, service_name, port, applied}]), static_upstreams (#{Node => {Ip, Port}}, the
+%% key `upstreams' as it was read), last_failure (undefined | {Code, Text}),
 %% links ([#{node, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]).
 -type info() :: map().
 
@@ -28,7 +29,7 @@ info(Key) ->
 
 %% Why a node can or can't be reached: does our sidecar accept, and as our Consul agent sees it:
 %% does the node exist, is it healthy, do intentions allow us to dial it? Dials nobody and
-%% changes nothing.
+%% changes nothing. Of a node in `upstreams', where something else decides all that: ok.
 -spec explain(node()) -> ok | {error, meshx_node_nif:failure()}.
 explain(Node) ->
     case meshx_node_mesh:upstream(Node, ask) of

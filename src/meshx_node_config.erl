@@ -34,6 +34,8 @@
     sidecar_address := binary() | undefined,
     sidecar_ports := ports(),
     upstream_ports := ports(),
+    %% Read by the Erlang side only.
+    upstreams := meshx_node_type:upstreams(),
     sidecar_stdout := level(),
     sidecar_stderr := level(),
     sidecar_restart_min := milliseconds(),
@@ -108,6 +110,10 @@ keys() ->
             "Where the sidecar's public port is looked for."},
         {upstream_ports, ports, {24000, 29999}, "'{24000,29999}'",
             "Where local ports of upstreams are looked for: one for each node dialed."},
+        {upstreams, upstreams, [], "'[{node2@myhost,\"127.0.0.1:24001\"}]'",
+            "Nodes that are dialed at a static address, because something else decides how they are "
+            "reached: the agent isn't asked, nothing is registered for them. All other nodes are "
+            "dialed through the own sidecar."},
         {sidecar_stdout, level, notice, "debug",
             "Level at which lines of the sidecar's stdout are logged."},
         {sidecar_stderr, level, warning, "off", "The same for stderr."},

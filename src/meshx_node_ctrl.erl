@@ -39,6 +39,8 @@
     supervisor :: pid(),
     %% undefined: we were dialled
     node :: node() | undefined,
+    %% where we have dialled it
+    upstream :: meshx_node_mesh:upstream() | undefined,
     %% when to stop dialling again
     deadline = 0 :: integer(),
     pause = ?DIAL_PAUSE :: pos_integer(),
@@ -51,8 +53,8 @@
 
 %% ---- API, for the connection process ----
 
-%% Dials Node through our sidecar; the caller is linked to the controller. Deadline is in
-%% erlang:monotonic_time(millisecond).
+%% Dials Node through our sidecar, or at its static address; the caller is linked to the
+%% controller. Deadline is in erlang:monotonic_time(millisecond).
 -spec dial(node(), integer()) -> {ok, pid()} | {error, meshx_node_nif:failure()}.
 dial(Node, Deadline) ->
     Controller = spawn_opt(
@@ -110,11 +112,17 @@ call(Controller, Request) ->
 
 -spec init_dialled(pid(), node(), integer()) -> no_return() | ok.
 init_dialled(Supervisor, Node, Deadline) ->
+    SetupTime = time_left(Deadline),
     case connect(Node, Deadline, ?DIAL_PAUSE) of
-        {ok, Link} ->
+        {ok, Link, Upstream} ->
             Supervisor ! {self(), {ok, self()}},
+            %% Supervisor resets its timer now.
             handshake(#handshake{
-                link = Link, supervisor = Supervisor, node = Node, deadline = Deadline
+                link = Link,
+                supervisor = Supervisor,
+                node = Node,
+                upstream = Upstream,
+                deadline = deadline(SetupTime)
             });
         {error, Failure} ->
             unlink(Supervisor),
@@ -123,50 +131,59 @@ init_dialled(Supervisor, Node, Deadline) ->
     end.
 
 %% Asks the mesh and connects to the sidecar. The sidecar opens a new upstream's port some
-%% milliseconds after the agent knows it: refused is "not yet".
+%% milliseconds after the agent knows it, one that something else runs may be about to start:
+%% refused is "not yet".
 connect(Node, Deadline, Pause) ->
     case meshx_node_mesh:upstream(Node, dial) of
-        {ok, {Ip, Port}} ->
-            connect(Node, Ip, Port, Deadline, Pause);
+        {ok, Upstream} ->
+            connect_upstream(Upstream, Deadline, Pause);
         {error, Failure} ->
             {error, Failure}
     end.
 
-connect(Node, Ip, Port, Deadline, Pause) ->
+connect_upstream({_, Ip, Port} = Upstream, Deadline, Pause) ->
     {Bind, Options} = meshx_node_options:connect(),
-    case connected(meshx_node_nif:connect(Ip, Port, Bind, Options)) of
+    case connected(meshx_node_nif:connect(Ip, Port, Bind, Options), Deadline) of
         {ok, Link} ->
-            {ok, Link};
+            {ok, Link, Upstream};
         {error, econnrefused} ->
             case pause(Pause, Deadline) of
-                ok ->
-                    connect(Node, Ip, Port, Deadline, next_pause(Pause));
-                timeout ->
-                    {error,
-                        {sidecar_down,
-                            text("our sidecar did not open its upstream ~ts:~b in time; see its log", [
-                                inet:ntoa(Ip), Port
-                            ])}}
+                ok -> connect_upstream(Upstream, Deadline, next_pause(Pause));
+                timeout -> {error, {sidecar_down, refused(Upstream)}}
             end;
         {error, Reason} ->
-            {error,
-                {system_error,
-                    text("can't connect to our sidecar's upstream ~ts:~b: ~ts", [
-                        inet:ntoa(Ip), Port, inet:format_error(Reason)
-                    ])}}
+            Words = [name(Upstream), inet:format_error(Reason)],
+            {error, {system_error, text("can't connect to ~ts: ~ts", Words)}}
     end.
 
-connected({wait, Link}) ->
+connected({wait, Link}, Deadline) ->
     receive
-        {select, Link, _, ready_output} -> ok
-    end,
-    case meshx_node_nif:connected(Link) of
-        ok -> {ok, Link};
-        wait -> connected({wait, Link});
-        Error -> Error
+        {select, Link, _, ready_output} ->
+            case meshx_node_nif:connected(Link) of
+                ok -> {ok, Link};
+                wait -> connected({wait, Link}, Deadline);
+                Error -> Error
+            end
+    after time_left(Deadline) ->
+        meshx_node_nif:close(Link),
+        {error, etimedout}
     end;
-connected(Result) ->
+connected(Result, _Deadline) ->
     Result.
+
+refused({sidecar, Ip, Port}) ->
+    text("our sidecar did not open its upstream ~ts:~b in time; see its log", [inet:ntoa(Ip), Port]);
+refused(Upstream) ->
+    text("~ts refuses connections; does what it belongs to run?", [name(Upstream)]).
+
+%% For people: a wrong address in the configuration is found by it.
+name({sidecar, Ip, Port}) ->
+    io_lib:format("our sidecar's upstream ~ts", [place(Ip, Port)]);
+name({static, Ip, Port}) ->
+    io_lib:format("the upstream ~ts given by `upstreams`", [place(Ip, Port)]).
+
+place(Ip, Port) when tuple_size(Ip) =:= 8 -> io_lib:format("[~ts]:~b", [inet:ntoa(Ip), Port]);
+place(Ip, Port) -> io_lib:format("~ts:~b", [inet:ntoa(Ip), Port]).
 
 pause(Pause, Deadline) ->
     case erlang:monotonic_time(millisecond) + Pause < Deadline of
@@ -275,12 +292,18 @@ remember(S, _Packet) ->
 
 receive_packet(#handshake{first = First} = S, _Timeout) when First =/= none ->
     {{ok, binary_to_list(First)}, S#handshake{first = none, received = 1}};
+receive_packet(#handshake{received = 0, node = Node} = S, _Timeout) when Node =/= undefined ->
+    case read_packet_until(S#handshake.link, S#handshake.deadline) of
+        {ok, Packet} ->
+            {{ok, binary_to_list(Packet)}, S#handshake{received = 1, sent = []}};
+        {error, _} ->
+            dial_again(S)
+    end;
 receive_packet(#handshake{link = Link, received = Received} = S, Timeout) ->
     case read_packet(Link, Timeout) of
         {ok, Packet} ->
-            {{ok, binary_to_list(Packet)}, S#handshake{received = Received + 1, sent = []}};
-        {error, Reason} when Received =:= 0, S#handshake.node =/= undefined, Reason =/= timeout ->
-            dial_again(S, Timeout);
+            explain_challenge(S, Packet),
+            {{ok, binary_to_list(Packet)}, S#handshake{received = Received + 1}};
         {error, Reason} ->
             explain_end(S),
             {{error, Reason}, S}
@@ -288,36 +311,52 @@ receive_packet(#handshake{link = Link, received = Received} = S, Timeout) ->
 
 %% Nothing has come back yet: the far side isn't there, or doesn't let us in. The mesh knows
 %% which, or soon will.
-dial_again(#handshake{link = Old, node = Node, deadline = Deadline, pause = Pause} = S, Timeout) ->
+dial_again(#handshake{link = Old, node = Node, deadline = Deadline, pause = Pause} = S) ->
     meshx_node_nif:close(Old),
     case pause(Pause, Deadline) of
         ok ->
             case connect(Node, Deadline, Pause) of
-                {ok, Link} ->
+                {ok, Link, Upstream} ->
                     [_ = write_packet(Link, Packet) || Packet <- lists:reverse(S#handshake.sent)],
-                    receive_packet(S#handshake{link = Link, pause = next_pause(Pause)}, Timeout);
+                    receive_packet(
+                        S#handshake{link = Link, upstream = Upstream, pause = next_pause(Pause)},
+                        infinity
+                    );
                 {error, {Code, Text}} ->
                     ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
                     {{error, Code}, S}
             end;
         timeout ->
             ?LOG_WARNING(
-                "meshx_node: no link to ~ts: its sidecar, or ours, closes every connection; is the "
+                "meshx_node: no link to ~ts: ~ts closes every connection, or never answers; is the "
                 "node's listener up, and what do the sidecars log?",
-                [Node]
+                [Node, static_or("its sidecar, or ours,", S)]
             ),
             {{error, closed}, S}
     end.
 
+%% A static address may be that of another node, which dist_util gives up without a word.
+explain_challenge(
+    #handshake{node = Node, upstream = {static, _, _} = Upstream, received = 1},
+    <<$N, _Flags:64, _Challenge:32, _Creation:32, Size:16, Name:Size/binary, _/binary>>
+) ->
+    atom_to_binary(Node) =:= Name orelse
+        ?LOG_WARNING("meshx_node: no link to ~ts: ~ts leads to ~ts", [Node, name(Upstream), Name]);
+explain_challenge(_, _) ->
+    ok.
+
 %% Status and challenge came, then our reply was not liked.
-explain_end(#handshake{node = Node, received = 2}) when Node =/= undefined ->
+explain_end(#handshake{node = Node, received = 2} = S) when Node =/= undefined ->
     ?LOG_WARNING(
-        "meshx_node: no link to ~ts: it closed the connection after our answer to its challenge; "
+        "meshx_node: no link to ~ts: ~ts closed the connection after our answer to its challenge; "
         "do both nodes have the same cookie?",
-        [Node]
+        [Node, static_or("it", S)]
     );
 explain_end(_) ->
     ok.
+
+static_or(_, #handshake{upstream = {static, _, _} = Upstream}) -> name(Upstream);
+static_or(Other, _) -> Other.
 
 %% One packet of the handshake.
 read_packet(Link, Timeout) ->

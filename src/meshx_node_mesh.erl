@@ -9,6 +9,7 @@
 
 -export([start_link/0, start_service/3, drain/0, upstream/2, link_up/3, info/0, service_name/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
+-export_type([upstream/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -21,6 +22,10 @@
 
 %% How often it is looked whether the VM's former node service has ended, ms.
 -define(FORMER_TIME, 20).
+
+%% Where a node is dialled: at an upstream of our sidecar, or at the static address the key
+%% `upstreams' gives.
+-type upstream() :: {sidecar | static, inet:ip_address(), inet:port_number()}.
 
 -record(state, {
     mesh :: undefined | meshx_node_nif:mesh(),
@@ -63,8 +68,9 @@ drain() ->
     gen_server:cast(?MODULE, drain).
 
 %% Where to dial Node (`dial'), or only whether it could be (`ask'). A failure names its reason.
--spec upstream(node(), dial | ask) ->
-    {ok, {inet:ip_address(), inet:port_number()}} | {error, meshx_node_nif:failure()}.
+%% Of a node with a static address nothing is asked: whether it is there and may be dialled, only
+%% the owner of that address knows.
+-spec upstream(node(), dial | ask) -> {ok, upstream()} | {error, meshx_node_nif:failure()}.
 upstream(Node, Mode) ->
     case meshx_node_dist:is_node_name(Node) of
         %% The C side keeps request_timeout.
@@ -126,16 +132,10 @@ handle_call({start_service, Node, _, _}, _From, S) ->
     {reply, {error, {name_in_use, text("~ts: this VM already is a node service", [Node])}}, S};
 handle_call(_Request, _From, #state{mesh = undefined} = S) ->
     {reply, not_started(), S};
-handle_call({upstream, Node, Mode}, From, #state{config = Config} = S) ->
-    try meshx_node_config:service_name(Node, Config) of
-        ServiceName ->
-            request(From, S, fun(Request) ->
-                meshx_node_nif:mesh_upstream(
-                    S#state.mesh, Request, atom_to_binary(Node), ServiceName, Mode
-                )
-            end)
-    catch
-        error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
+handle_call({upstream, Node, Mode}, From, #state{config = #{upstreams := Static}} = S) ->
+    case Static of
+        #{Node := {Ip, Port}} -> {reply, {ok, {static, Ip, Port}}, S};
+        #{} -> ask_mesh(Node, Mode, From, S)
     end;
 handle_call(info, From, S) ->
     request(From, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
@@ -214,7 +214,9 @@ open(Node, Ip, Port) ->
             },
             case meshx_node_nif:mesh_open(Full, Tag) of
                 {ok, Mesh} ->
-                    Kept = maps:with([node, naming, ttl, sidecar_stdout, sidecar_stderr], Full),
+                    Kept = maps:with(
+                        [node, naming, ttl, sidecar_stdout, sidecar_stderr, upstreams], Full
+                    ),
                     renew_later(#state{tag = Tag, config = Kept}),
                     {ok, Mesh, Tag, Kept};
                 NotOpened ->
@@ -226,6 +228,18 @@ open(Node, Ip, Port) ->
 
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
+
+ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
+    try meshx_node_config:service_name(Node, Config) of
+        ServiceName ->
+            request(From, S, fun(Request) ->
+                meshx_node_nif:mesh_upstream(
+                    Mesh, Request, atom_to_binary(Node), ServiceName, Mode
+                )
+            end)
+    catch
+        error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
+    end.
 
 request(From, #state{next = Next, requests = Requests} = S, Send) ->
     case Send(Next) of
@@ -248,11 +262,11 @@ event(failed, Failure, #state{starter = Starter} = S) ->
     gen_server:reply(Starter, {error, Failure}),
     Released#state{starter = undefined};
 event(upstream, {Request, {ok, Port}}, S) ->
-    answer(Request, {ok, {{127, 0, 0, 1}, Port}}, S);
+    answer(Request, {ok, {sidecar, {127, 0, 0, 1}, Port}}, S);
 event(upstream, {Request, {error, Failure}}, S) ->
     answer(Request, {error, Failure}, S);
-event(info, {Request, {ok, Info}}, S) ->
-    answer(Request, {ok, Info#{links => link_infos(S)}}, S);
+event(info, {Request, {ok, Info}}, #state{config = #{upstreams := Static}} = S) ->
+    answer(Request, {ok, Info#{links => link_infos(S), static_upstreams => Static}}, S);
 event(info, {Request, {error, Failure}}, S) ->
     answer(Request, {error, Failure}, S);
 event(output, {_Stream, <<>>}, S) ->

@@ -7,7 +7,7 @@
 -module(meshx_node_type).
 
 -export([describe/1, check/2, may_hold_secret/1]).
--export_type([type/0]).
+-export_type([type/0, upstreams/0]).
 
 -type type() ::
     {consul, text | address | secret | boolean}
@@ -19,7 +19,10 @@
     | naming
     | template
     | command
-    | variables.
+    | variables
+    | upstreams.
+
+-type upstreams() :: #{node() => {inet:ip_address(), inet:port_number()}}.
 
 %% @doc What is allowed, for errors and the README.
 -spec describe(type()) -> unicode:chardata().
@@ -33,7 +36,9 @@ describe(address) -> "numeric IP address, not 0.0.0.0 or ::";
 describe(naming) -> "node, dns, {Module,Function}, \"Module:function\" or a fun of one argument";
 describe(template) -> "JSON object as text, \"@file\", {file,Path}, map or keyword list";
 describe(command) -> "none, list of strings, JSON array, or text with words split as a shell does";
-describe(variables) -> "list of {Name,Value}, map, JSON object, or text NAME=value NAME=value".
+describe(variables) -> "list of {Name,Value}, map, JSON object, or text NAME=value NAME=value";
+describe(upstreams) ->
+    "list of {Node,\"ip:port\"}, map, or text node=ip:port node=[ip6]:port; addresses are numeric".
 
 %% @doc The value in our form; a plain `error' means that it isn't what describe/1 says.
 -spec check(type(), term()) -> {ok, term()} | error | {error, unicode:chardata()}.
@@ -100,7 +105,9 @@ check(template, Value) ->
 check(command, Value) ->
     check_command(Value);
 check(variables, Value) ->
-    check_variables(Value).
+    check_variables(Value);
+check(upstreams, Value) ->
+    check_upstreams(Value).
 
 %% @doc Whether values of a type must not be shown: an address may hold a password, a command
 %% or template a token.
@@ -262,6 +269,77 @@ variable_value(false) -> {ok, false};
 variable_value("") -> {ok, <<>>};
 variable_value(Integer) when is_integer(Integer) -> {ok, integer_to_binary(Integer)};
 variable_value(Value) -> text(Value).
+
+check_upstreams(Map) when is_map(Map) ->
+    check_upstreams(maps:to_list(Map));
+check_upstreams([First | _] = List) when not is_integer(First) ->
+    upstreams([upstream(Pair) || Pair <- List], #{});
+check_upstreams([]) ->
+    {ok, #{}};
+check_upstreams(Value) ->
+    case text(Value) of
+        {ok, Text} ->
+            case meshx_node_command:words(Text) of
+                %% The last "=": a node's name may have one, an address has none.
+                {ok, Words} ->
+                    Pairs = [list_to_tuple(string:split(Word, "=", trailing)) || Word <- Words],
+                    upstreams([upstream(Pair) || Pair <- Pairs], #{});
+                {error, Reason} ->
+                    {error, Reason}
+            end;
+        error ->
+            error
+    end.
+
+upstreams([{ok, Node, _} | _], Checked) when is_map_key(Node, Checked) ->
+    {error, [atom_to_binary(Node), " is given twice"]};
+upstreams([{ok, Node, Address} | Rest], Checked) ->
+    upstreams(Rest, Checked#{Node => Address});
+upstreams([error | _], _) ->
+    error;
+upstreams([], Checked) ->
+    {ok, Checked}.
+
+upstream({Name, Place}) ->
+    case {node_name(Name), ip_and_port(Place)} of
+        {{ok, Node}, {ok, Address}} -> {ok, Node, Address};
+        _ -> error
+    end;
+upstream(_) ->
+    error.
+
+node_name(Name) ->
+    case text(Name) of
+        {ok, Text} ->
+            try binary_to_atom(Text) of
+                Node ->
+                    case meshx_node_dist:is_node_name(Node) of
+                        true -> {ok, Node};
+                        false -> error
+                    end
+            catch
+                error:system_limit -> error
+            end;
+        error ->
+            error
+    end.
+
+ip_and_port(Value) ->
+    {ok, Text} = default_text(Value),
+    Pattern = "^(?:\\[([0-9a-fA-F:.]+)\\]|([0-9.]+)):([0-9]{1,5})$",
+    case re:run(Text, Pattern, [dollar_endonly, {capture, all_but_first, list}]) of
+        {match, [Six, "", Port]} -> ip_and_port(inet:parse_ipv6strict_address(Six), Port);
+        {match, ["", Four, Port]} -> ip_and_port(inet:parse_ipv4strict_address(Four), Port);
+        nomatch -> error
+    end.
+
+ip_and_port({ok, Ip}, Digits) ->
+    case {check_address(Ip), list_to_integer(Digits)} of
+        {{ok, _}, Port} when Port >= 1, Port =< 65535 -> {ok, {Ip, Port}};
+        _ -> error
+    end;
+ip_and_port({error, einval}, _) ->
+    error.
 
 integer(Integer) when is_integer(Integer) ->
     {ok, Integer};

@@ -23,6 +23,7 @@ all() ->
         unknown_keys,
         values_that_are_taken,
         values_that_are_refused,
+        upstreams_of_every_source,
         errors_name_the_source,
         secrets_in_no_error,
         secrets_in_no_redacted_config,
@@ -58,6 +59,7 @@ defaults(Config) ->
             sidecar_address := undefined,
             sidecar_ports := {22000, 23999},
             upstream_ports := {24000, 29999},
+            upstreams := #{},
             sidecar_stdout := notice,
             sidecar_stderr := warning,
             sidecar_restart_min := 100,
@@ -75,7 +77,7 @@ defaults(Config) ->
     ?assert(is_binary(Guard)),
     ?assertEqual({absolute, <<"meshx_guard">>}, {filename:pathtype(Guard), filename:basename(Guard)}),
     %% Exactly what config() says, no more: neither the NIF nor people get raw values.
-    ?assertEqual(23, map_size(Loaded)).
+    ?assertEqual(24, map_size(Loaded)).
 
 order_of_sources(_) ->
     Flags = ["-meshx_node", "ttl", "4000", "-meshx_node", "stop_timeout", "1", "service_name", "dns"],
@@ -195,6 +197,18 @@ values_that_are_taken(_) ->
             {"10.0.0.5", <<"10.0.0.5">>},
             {<<"::1">>, <<"::1">>},
             {{0, 0, 0, 0, 0, 0, 0, 1}, <<"::1">>}
+        ]},
+        {upstreams, [
+            {[], #{}},
+            {#{}, #{}},
+            {<<" ">>, #{}},
+            {[{a@b, "127.0.0.1:1"}], #{a@b => {{127, 0, 0, 1}, 1}}},
+            {[{"a@b", '10.0.0.5:65535'}], #{a@b => {{10, 0, 0, 5}, 65535}}},
+            {#{<<"a@b">> => <<"[::1]:24001">>}, #{a@b => {{0, 0, 0, 0, 0, 0, 0, 1}, 24001}}},
+            {"a@b=127.0.0.1:1", #{a@b => {{127, 0, 0, 1}, 1}}},
+            {<<"  a=1@b.c=1.2.3.4:5\n'ä@b'=[fe80::1]:6 "/utf8>>, #{
+                'a=1@b.c' => {{1, 2, 3, 4}, 5}, 'ä@b' => {{16#fe80, 0, 0, 0, 0, 0, 0, 1}, 6}
+            }}
         ]}
     ],
     [
@@ -223,6 +237,19 @@ values_that_are_refused(_) ->
         {service_template, "JSON", ["{", <<"[]">>, <<"x">>, 5, {file, 5}, [1, 2], {a}, <<255>>]},
         {sidecar_command, "split as a shell", ["", <<"  ">>, [], [<<>>], [<<"a">>, 5], 5, <<"a", 0>>, "[1]"]},
         {sidecar_env, "NAME=value", ["A", <<"=x">>, [{"A=B", "x"}], [{"", "x"}], [a], 5, [{"A", {}}]]},
+        {upstreams, "{Node,\"ip:port\"}", [
+            "a@b", "a@b=localhost:1", "a=127.0.0.1:1", "=127.0.0.1:1", "a@b=127.0.0.1", "a@b=127.0.0.1:0",
+            "a@b=127.0.0.1:65536", "a@b=0.0.0.0:1", "a@b=[::]:1", "a@b=::1:1", "a@b=[127.0.0.1]:1", "a@b=127.1:1",
+            "a@b=[]:1", "a@b=127.0.0.1:1,c@d=127.0.0.1:2", 5, a@b, [a@b], [{a@b, 1}], [{a@b, "127.0.0.1:1\n"}],
+            [{a@b, "127.0.0.1:1"}, {c, "127.0.0.1:1"}], #{17 => "127.0.0.1:1"}, {a@b, "127.0.0.1:1"},
+            [{lists:duplicate(254, $a) ++ "@b", "127.0.0.1:1"}]
+        ]},
+        {upstreams, "a@b is given twice", [
+            "a@b=127.0.0.1:1 a@b=127.0.0.1:1",
+            [{a@b, "127.0.0.1:1"}, {"a@b", "127.0.0.1:2"}],
+            #{a@b => "127.0.0.1:1", <<"a@b">> => "127.0.0.1:1"}
+        ]},
+        {upstreams, "quote is not closed", ["a@b='127.0.0.1:1"]},
         {consul_cacert, "text", [{a}, <<0>>, <<255>>, 5]}
     ],
     [
@@ -233,6 +260,26 @@ values_that_are_refused(_) ->
         end
      || {Key, Words, Values} <- Refused, Value <- Values
     ].
+
+upstreams_of_every_source(_) ->
+    One = #{node2@myhost => {{127, 0, 0, 1}, 24001}},
+    Flag = ["-meshx_node", "upstreams", "[{node2@myhost,\"127.0.0.1:24001\"}]"],
+    Variable = [{"MESHX_UPSTREAMS", "node2@myhost=127.0.0.1:24002 node3@myhost=[::1]:24002"}],
+    %% As Elixir's map and keyword list.
+    [
+        ?assertMatch({ok, #{upstreams := One}}, load_in_peer([], [], [{upstreams, Term}]))
+     || Term <- [#{<<"node2@myhost">> => <<"127.0.0.1:24001">>}, [{node2@myhost, <<"127.0.0.1:24001">>}]]
+    ],
+    ?assertMatch({ok, #{upstreams := One}}, load_in_peer(Flag, Variable, [])),
+    Two = #{
+        node2@myhost => {{127, 0, 0, 1}, 24002}, node3@myhost => {{0, 0, 0, 0, 0, 0, 0, 1}, 24002}
+    },
+    ?assertMatch({ok, #{upstreams := Two}}, load_in_peer([], Variable, [{upstreams, #{}}])),
+    os:putenv("MESHX_UPSTREAMS", "node2@myhost=localhost:24001"),
+    contains(failure(), [
+        "environment variable MESHX_UPSTREAMS=node2@myhost=localhost:24001: must be list of {Node,\"ip:port\"}",
+        "numeric"
+    ]).
 
 errors_name_the_source(_) ->
     set([{ttl, 17}]),
@@ -374,7 +421,7 @@ readme_has_the_table(_) ->
 
 table_has_all_keys(_) ->
     Rows = tl(tl(string:split(string:trim(unicode:characters_to_list(meshx_node_config:table())), "\n", all))),
-    ?assertEqual(31, length(Rows)),
+    ?assertEqual(32, length(Rows)),
     Cells = [string:split(string:trim(Row, both, "| "), " | ", all) || Row <- Rows],
     [?assertMatch([_, _, _, _, _, _], Row) || Row <- Cells],
     %% As sh reads the examples; all at once.
