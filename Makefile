@@ -21,7 +21,7 @@ C_TESTS := $(patsubst test/c/%_test.c,%,$(wildcard test/c/*_test.c))
 TSAN_TESTS := $(filter loop% http% consul% probe% sidecar% mesh%,$(C_TESTS))
 C_TEST_SUPPORT := $(filter-out %_test.c,$(wildcard test/c/*.c))
 C_SOURCES := $(CORE) $(NIF) $(GUARD)
-C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch])
+C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch] test/bench/*.c)
 
 WARNINGS := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wshadow -Wconversion
 OWN_CFLAGS := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -pthread $(WARNINGS) \
@@ -140,9 +140,12 @@ consul: ## provide a Consul binary: the one on PATH, or Debian's below _build; p
 demo: deps consul ## build, start an agent and two nodes, and show what they can do
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/demo/run
-bench: deps consul ## how long starting, connecting and stopping takes
+bench: deps consul ## measure it beside OTP's own carriers (test/bench/run says how to choose what)
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/bench/run
+bench-chart: ## draw test/bench/throughput.svg, which the README shows, from the last make bench
+	@.ci/deps gnuplot-nox
+	@test/bench/chart
 
 clean: clean-native ## remove what was built; keeps _build/consul and dialyzer's _build/plt
 	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name plt -exec rm -rf {} +
@@ -151,4 +154,4 @@ clean-native:
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps lint $(LINT) check-layers ct deps consul demo bench clean clean-native help
+.PHONY: all native test steps lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help

@@ -1,32 +1,49 @@
-%% Benchmarks: runs groups of figures in rounds, prints how each figure stands after every round,
-%% and writes one line of JSON per figure to _build/bench/<group>.jsonl, after those of earlier
-%% runs. Nothing is judged here, and a figure that can't be measured ends the run.
+%% Benchmarks: runs groups of figures in rounds, shows every figure as soon as it is measured, and
+%% at the end tables of medians and of ratios between carriers (meshx_bench_report). Nothing is
+%% judged here, and a figure that can't be measured ends the run.
 %%
-%% A group is a module meshx_bench_<group> with the callbacks below. Carriers take turns within
-%% each round, so that whatever else the machine does meets both alike.
+%% A group is a module meshx_bench_<group> with the callbacks below. In each round every carrier
+%% gets a fresh subject, usually a pair of nodes. Then each step is measured on one carrier after
+%% the other, so that a ratio is of neighbours in time, whatever else the machine does meanwhile.
+%% The carriers' order rotates from round to round.
 -module(meshx_bench).
 
--export([main/0, epmd_port/1]).
--export_type([carrier/0, config/0]).
+-export([main/0]).
+-export_type([carrier/0, config/0, figure/0, measured/0, values/0]).
 
--type carrier() :: meshx_node | inet_tcp.
+%% inet_tcp, inet_tls: OTP's own. direct: ours from node to node. sidecars: ours through two
+%% Consul proxies. tcp, tcp_sidecars: no Erlang, plain TCP over loopback or through two proxies.
+-type carrier() :: inet_tcp | inet_tls | direct | sidecars | tcp | tcp_sidecars.
 -type config() :: [{atom(), term()}].
+-type figure() :: {Key :: atom(), Unit :: string(), Text :: unicode:chardata()}.
+-type measured() :: #{Key :: atom() => [number()]}.
+%% One list for each round, oldest first.
+-type values() :: #{{carrier(), Key :: atom()} => [[number()]]}.
 
 -callback title() -> string().
 -callback rounds() -> pos_integer().
-%% {Key, Unit, Text}, in the order in which they are shown.
--callback figures() -> [{Key :: atom(), Unit :: string(), Text :: string()}].
-%% One round: any number of values for each figure. Round is unique to it, for names.
--callback round(config(), carrier(), Round :: pos_integer()) -> #{Key :: atom() => [number()]}.
+%% In the order in which they are shown.
+-callback carriers() -> [carrier()].
+-callback figures() -> [figure()].
+%% Which carriers are compared.
+-callback ratios() -> [{carrier(), carrier()}].
+-callback steps() -> [Step :: atom()].
+-callback open(config(), carrier(), Round :: pos_integer()) -> Subject :: term().
+%% Any number of values for each figure; none for one that the carrier doesn't have.
+-callback measure(Step :: atom(), Subject :: term()) -> measured().
+-callback close(Subject :: term()) -> term().
+%% More figures, of all that was measured on one carrier in one round.
+-callback derive(measured()) -> measured().
+-optional_callbacks([derive/1]).
 
--define(CARRIERS, [meshx_node, inet_tcp]).
+-define(GROUPS, ["lifecycle", "data", "idle"]).
 
 -spec main() -> no_return().
 main() ->
     ok = io:setopts([{encoding, unicode}]),
     Groups =
         case init:get_plain_arguments() of
-            [] -> groups();
+            [] -> ?GROUPS;
             Names -> Names
         end,
     {Run, Monitor} = spawn_monitor(fun() -> run(Groups) end),
@@ -38,140 +55,91 @@ main() ->
             halt(1)
     end.
 
-groups() ->
-    Sources = filelib:wildcard(filename:join(meshx_ct:root(), "test/bench/meshx_bench_*.erl")),
-    [Name || "meshx_bench_" ++ Name <- [filename:basename(Source, ".erl") || Source <- Sources]].
-
+%% An agent serves 200 connections from one address unless told otherwise; group idle has more
+%% than 200 nodes.
 run(Groups) ->
-    Config = meshx_ct:init_suite([]),
-    Epmd = start_epmd(),
-    lists:foreach(fun(Group) -> group(Group, [{epmd_port, Epmd} | Config]) end, Groups),
+    Config = meshx_ct:init_suite([], #{config => "limits { http_max_conns_per_client = 2000 }"}),
+    Prepared = meshx_bench_pair:prepare(Config),
+    lists:foreach(fun(Group) -> group(Group, Prepared) end, Groups),
     meshx_ct:end_suite(Config).
 
-%% For nodes on inet_tcp.
--spec epmd_port(config()) -> string().
-epmd_port(Config) ->
-    integer_to_list(proplists:get_value(epmd_port, Config)).
-
-%% An epmd of our own, which ends with us.
-start_epmd() ->
-    Number = meshx_ct_agent:free_port(),
-    _ = open_port({spawn_executable, "/bin/sh"}, [
-        {args, ["-c", "epmd -port $0 </dev/null >/dev/null 2>&1 & cat >/dev/null; kill $!", integer_to_list(Number)]}
-    ]),
-    meshx_ct:wait("epmd", fun() ->
-        case gen_tcp:connect({127, 0, 0, 1}, Number, []) of
-            {ok, Socket} -> gen_tcp:close(Socket) =:= ok;
-            {error, _} -> false
-        end
-    end),
-    Number.
-
 group(Name, Config) ->
-    Module = list_to_atom("meshx_bench_" ++ Name),
+    Module = module("meshx_bench_" ++ Name),
     Rounds =
         case os:getenv("ROUNDS") of
             false -> Module:rounds();
             Text -> list_to_integer(Text)
         end,
-    io:format("~ts: ~b rounds; median (lowest-highest)~n", [Module:title(), Rounds]),
-    Values = rounds(Module, Config, 1, Rounds, #{}),
-    table(Module:figures(), Values),
-    File = write(Name, Module, Values),
+    Carriers = chosen("CARRIERS", Module:carriers()),
+    Steps = chosen("STEPS", Module:steps()),
+    io:format("~n~ts: ~b rounds~n", [Module:title(), Rounds]),
+    Values = rounds(Module, Config, Carriers, Steps, 1, Rounds, #{}),
+    meshx_bench_report:tables(Module, Carriers, Values),
+    File = meshx_bench_report:write(Name, Module, Carriers, Values),
     io:format("~nAll values: ~ts~n", [File]).
 
-rounds(_Module, _Config, Round, Rounds, Values) when Round > Rounds ->
+module(Name) ->
+    Module = list_to_atom(Name),
+    case code:ensure_loaded(Module) of
+        {module, Module} -> Module;
+        {error, _} -> exit({no_such_group, Name, {groups, ?GROUPS}})
+    end.
+
+%% All, or those named by an environment variable.
+chosen(Variable, All) ->
+    Named = [list_to_atom(Word) || Word <- string:lexemes(os:getenv(Variable, ""), " ,")],
+    case {Named, Named -- All} of
+        {[], []} -> All;
+        {_, []} -> [One || One <- All, lists:member(One, Named)];
+        {_, Unknown} -> exit({Variable, {unknown, Unknown}, {known, All}})
+    end.
+
+rounds(_Module, _Config, _Carriers, _Steps, Round, Rounds, Values) when Round > Rounds ->
     Values;
-rounds(Module, Config, Round, Rounds, Values) ->
+rounds(Module, Config, Carriers, Steps, Round, Rounds, Values) ->
+    io:format("~nRound ~b of ~b~n", [Round, Rounds]),
+    meshx_bench_report:head(Carriers),
+    Subjects = [{Carrier, Module:open(Config, Carrier, Round)} || Carrier <- rotate(Round, Carriers)],
+    Measured = lists:append([step(Module, Carriers, Step, Subjects) || Step <- Steps]),
+    Derived = derive(Module, Carriers, Measured),
+    lists:foreach(fun({_, Subject}) -> Module:close(Subject) end, Subjects),
     New = lists:foldl(
-        fun(Carrier, Sofar) -> add(Carrier, Module:round(Config, Carrier, Round), Sofar) end,
-        Values,
-        ?CARRIERS
-    ),
-    io:format("~n~4b/~b~n", [Round, Rounds]),
-    [show_progress(Carrier, Module:figures(), New) || Carrier <- ?CARRIERS],
-    rounds(Module, Config, Round + 1, Rounds, New).
-
-%% #{{Carrier, Key} => values, oldest first}
-add(Carrier, Measured, Values) ->
-    maps:fold(
-        fun(Key, New, Sofar) ->
-            maps:update_with({Carrier, Key}, fun(Old) -> Old ++ New end, New, Sofar)
+        fun({Of, Numbers}, Sofar) ->
+            maps:update_with(Of, fun(Old) -> Old ++ [Numbers] end, [Numbers], Sofar)
         end,
         Values,
-        Measured
-    ).
-
-show_progress(Carrier, Figures, Values) ->
-    Shown = [
-        [Text, " ", summary(maps:get({Carrier, Key}, Values)), " ", Unit]
-     || {Key, Unit, Text} <- Figures, is_map_key({Carrier, Key}, Values)
-    ],
-    io:format("  ~-11s ~ts~n", [Carrier, lists:join(", ", Shown)]).
-
-table(Figures, Values) ->
-    Row = "~n~-24ts ~22ts ~22ts ~8ts",
-    io:format(Row, ["" | [atom_to_list(Carrier) || Carrier <- ?CARRIERS]] ++ ["ratio"]),
-    lists:foreach(
-        fun({Key, Unit, Text}) ->
-            Columns = [maps:get({Carrier, Key}, Values, []) || Carrier <- ?CARRIERS],
-            Shown = [summary(Column) || Column <- Columns],
-            io:format(Row, [[Text, ", ", Unit] | Shown] ++ [ratio(Columns)])
-        end,
-        Figures
+        Measured ++ Derived
     ),
-    io:format("~n").
+    rounds(Module, Config, Carriers, Steps, Round + 1, Rounds, New).
 
-ratio([[_ | _] = Ours, [_ | _] = Theirs]) ->
-    io_lib:format("~.2f", [median(Ours) / median(Theirs)]);
-ratio(_) ->
-    "".
+rotate(Round, Carriers) ->
+    {First, Rest} = lists:split(Round rem length(Carriers), Carriers),
+    Rest ++ First.
 
-summary([]) ->
-    "";
-summary(Values) ->
-    io_lib:format("~ts (~ts-~ts)", [
-        number(Value)
-     || Value <- [median(Values), lists:min(Values), lists:max(Values)]
+%% [{{Carrier, Key}, Numbers}]
+step(Module, Carriers, Step, Subjects) ->
+    show(Module, Carriers, [
+        {{Carrier, Key}, Numbers}
+     || {Carrier, Subject} <- Subjects,
+        {Key, Numbers} <- maps:to_list(Module:measure(Step, Subject))
     ]).
 
-number(Value) when Value >= 100 -> integer_to_list(round(Value));
-number(Value) -> io_lib:format("~.1f", [Value / 1]).
+derive(Module, Carriers, Measured) ->
+    case erlang:function_exported(Module, derive, 1) of
+        true ->
+            show(Module, Carriers, [
+                {{Carrier, Key}, Numbers}
+             || Carrier <- Carriers,
+                {Key, Numbers} <- maps:to_list(Module:derive(of_carrier(Carrier, Measured)))
+            ]);
+        false ->
+            []
+    end.
 
-median(Values) ->
-    Sorted = lists:sort(Values),
-    Count = length(Sorted),
-    (lists:nth((Count + 1) div 2, Sorted) + lists:nth(Count div 2 + 1, Sorted)) / 2.
+of_carrier(Carrier, Measured) ->
+    maps:from_list([{Key, Numbers} || {{Of, Key}, Numbers} <- Measured, Of =:= Carrier]).
 
-write(Name, Module, Values) ->
-    File = filename:join([meshx_ct:root(), "_build/bench", Name ++ ".jsonl"]),
-    Run = #{
-        time => list_to_binary(calendar:system_time_to_rfc3339(erlang:system_time(second), [{offset, "Z"}])),
-        commit => list_to_binary(os:getenv("MESHX_COMMIT", "")),
-        otp => list_to_binary(erlang:system_info(otp_release)),
-        processors => erlang:system_info(logical_processors_available),
-        group => list_to_binary(Name)
-    },
-    Lines = [
-        line(Run#{
-            carrier => atom_to_binary(Carrier),
-            figure => atom_to_binary(Key),
-            unit => list_to_binary(Unit),
-            median => median(Measured),
-            lowest => lists:min(Measured),
-            highest => lists:max(Measured),
-            values => Measured
-        })
-     || {Key, Unit, _} <- Module:figures(),
-        Carrier <- ?CARRIERS,
-        [_ | _] = Measured <- [maps:get({Carrier, Key}, Values, [])]
-    ],
-    ok = filelib:ensure_dir(File),
-    ok = file:write_file(File, Lines, [append]),
-    File.
-
-line(Map) ->
-    {ok, Json} = meshx_node_json:encode(
-        maps:from_list([{atom_to_binary(Key), Value} || {Key, Value} <- maps:to_list(Map)])
-    ),
-    [Json, "\n"].
+show(Module, Carriers, Measured) ->
+    OneRound = maps:from_list([{Of, [Numbers]} || {Of, Numbers} <- Measured]),
+    meshx_bench_report:rows(Module:figures(), Carriers, OneRound),
+    Measured.

@@ -2,13 +2,13 @@
 %% time right after both nodes have started, to connect later, and to stop. As a yardstick the
 %% same on inet_tcp with epmd.
 %%
-%% Each round has two fresh VMs and names that Consul has never seen. Times are taken in the VM
-%% that acts. Booting the VMs is no part of any figure.
+%% Each round has two fresh VMs for each carrier and names that Consul has never seen. Times are
+%% taken in the VM that acts. Booting the VMs is no part of any figure.
 -module(meshx_bench_lifecycle).
 
 -behaviour(meshx_bench).
 
--export([title/0, rounds/0, figures/0, round/3]).
+-export([title/0, rounds/0, carriers/0, figures/0, ratios/0, steps/0, open/3, measure/2, close/1]).
 
 %% Later connects per round.
 -define(RECONNECTS, 5).
@@ -21,7 +21,15 @@ title() ->
 rounds() ->
     15.
 
--spec figures() -> [{atom(), string(), string()}].
+-spec carriers() -> [meshx_bench:carrier()].
+carriers() ->
+    [inet_tcp, sidecars].
+
+-spec ratios() -> [{meshx_bench:carrier(), meshx_bench:carrier()}].
+ratios() ->
+    [{sidecars, inet_tcp}].
+
+-spec figures() -> [meshx_bench:figure()].
 figures() ->
     [
         {start, "ms", "Node.start/3"},
@@ -30,61 +38,27 @@ figures() ->
         {stop, "ms", "Node.stop/0"}
     ].
 
--spec round(meshx_bench:config(), meshx_bench:carrier(), pos_integer()) -> #{atom() => [float()]}.
-round(Config, Carrier, Round) ->
-    Names = [list_to_atom(lists:concat([Name, Round])) || Name <- [one, two]],
-    Vms = [meshx_ct:vm(Config, options(Config, Carrier)) || _ <- Names],
-    Starts = [start(Vm, Name) || {Vm, Name} <- lists:zip(Vms, Names)],
-    [One, Two] = Vms,
-    Other = meshx_ct:node_name(lists:last(Names)),
-    First = connect(One, Other),
-    Later = [
-        begin
-            disconnect(One, Two, Other),
-            connect(One, Other)
-        end
-     || _ <- lists:seq(1, ?RECONNECTS)
-    ],
-    Stops = [timed(Vm, net_kernel, stop, []) || Vm <- Vms],
-    Left = meshx_ct_agent:services(proplists:get_value(agent, Config)),
-    lists:foreach(fun meshx_ct:stop/1, Vms),
-    map_size(Left) =:= 0 orelse error({left_in_consul, maps:keys(Left)}),
-    #{
-        start => Starts,
-        first_connect => [First],
-        later_connect => Later,
-        stop => [Time || {Time, ok} <- Stops]
-    }.
+-spec steps() -> [atom()].
+steps() ->
+    [Key || {Key, _, _} <- figures()].
 
-%% Only we connect: else a message that global sends after our disconnect may do it.
-options(Config, Carrier) ->
-    #{
-        scope => suite,
-        carrier => atom_to_list(Carrier),
-        args => ["-kernel", "dist_auto_connect", "never"],
-        env => [{"ERL_EPMD_PORT", meshx_bench:epmd_port(Config)}]
-    }.
+-spec open(meshx_bench:config(), meshx_bench:carrier(), pos_integer()) -> meshx_bench_pair:pair().
+open(Config, Carrier, Round) ->
+    meshx_bench_pair:unnamed(Config, Carrier, Round).
 
-start(Vm, Name) ->
-    case timed(Vm, net_kernel, start, [[Name, shortnames]]) of
-        {Time, {ok, _}} -> Time;
-        {_, Error} -> error({start, Name, Error})
-    end.
+-spec measure(atom(), meshx_bench_pair:pair()) -> meshx_bench:measured().
+measure(start, Pair) ->
+    #{start => meshx_bench_pair:start(Pair)};
+measure(first_connect, Pair) ->
+    #{first_connect => [meshx_bench_pair:connect(Pair)]};
+measure(later_connect, Pair) ->
+    #{later_connect => meshx_bench_pair:reconnects(Pair, ?RECONNECTS)};
+measure(stop, #{names := Names, config := Config, nodes := Nodes}) ->
+    Stops = [meshx_bench_pair:timed(Node, net_kernel, stop, []) || Node <- Nodes],
+    Left = maps:keys(meshx_ct_agent:services(proplists:get_value(agent, Config))),
+    [] = [Name || Name <- Names, lists:member(atom_to_binary(meshx_ct:node_name(Name)), Left)],
+    #{stop => [Time || {Time, ok} <- Stops]}.
 
-connect(Vm, Node) ->
-    case timed(Vm, net_kernel, connect_node, [Node]) of
-        {Time, true} -> Time;
-        {_, Other} -> error({connect, Node, Other, meshx_ct:lines(Vm, 0)})
-    end.
-
-%% Both net_kernels have seen it when this returns; nodes/0 is empty a little earlier.
-disconnect(One, Two, Node) ->
-    true = meshx_ct:call(One, erlang, disconnect_node, [Node]),
-    meshx_ct:wait("the end of the link", fun() ->
-        lists:all(fun(Vm) -> meshx_ct:call(Vm, ets, tab2list, [sys_dist]) =:= [] end, [One, Two])
-    end).
-
-%% {Milliseconds, Result}
-timed(Vm, Module, Function, Arguments) ->
-    {Time, Result} = meshx_ct:call(Vm, timer, tc, [Module, Function, Arguments]),
-    {Time / 1000, Result}.
+-spec close(meshx_bench_pair:pair()) -> ok.
+close(Pair) ->
+    meshx_bench_pair:close(Pair).

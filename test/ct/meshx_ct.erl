@@ -9,7 +9,7 @@
 -module(meshx_ct).
 
 -export([init_suite/1, init_suite/2, end_suite/1, end_case/1, nothing_is_left/1, root/0]).
--export([start/3, start_all/2, vm/2, net_start/2, net_start/3, erl/3]).
+-export([start/3, start_all/2, start_all/3, vm/2, net_start/2, net_start/3, erl/3]).
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
@@ -246,9 +246,13 @@ start(Config, Name, Options) ->
 %% Several at once, with equal options.
 -spec start_all(config(), [atom()]) -> [test_node()].
 start_all(Config, Names) ->
+    start_all(Config, Names, #{scope => suite}).
+
+-spec start_all(config(), [atom()], options()) -> [test_node()].
+start_all(Config, Names, Options) ->
     Self = self(),
     Starters = [
-        spawn_monitor(fun() -> Self ! {self(), start(Config, Name, #{scope => suite})} end)
+        spawn_monitor(fun() -> Self ! {self(), start(Config, Name, Options)} end)
      || Name <- Names
     ],
     [
