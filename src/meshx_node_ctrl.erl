@@ -16,9 +16,15 @@
 
 -include_lib("kernel/include/logger.hrl").
 
-%% Output: bytes and frames gathered for one writev.
--define(GATHER_BYTES, 262144).
--define(GATHER_FRAMES, 128).
+%% Output: bytes and frames gathered for one write: twice what the emulator queues by default
+%% before it suspends senders (+zdbbl).
+-define(GATHER_BYTES, 2097152).
+-define(GATHER_FRAMES, 500).
+%% Bytes gathered that tell of a stream of large messages, and how often to look for more of it.
+-define(MUCH, 393216).
+-define(YIELDS, 4).
+%% Writes after the last of them for which the stream counts as going on.
+-define(URGENT_WRITES, 64).
 
 %% Pause before dialling again, ms: doubles from the first to the second.
 -define(DIAL_PAUSE, 5).
@@ -414,49 +420,74 @@ run(Handle, Link, Supervisor) ->
     Input ! {self(), start},
     process_flag(priority, normal),
     erlang:dist_ctrl_get_data_notification(Handle),
-    output(Handle, Link).
+    output(Handle, Link, 0).
 
--spec output(erlang:dist_handle(), meshx_node_nif:socket()) -> no_return().
-output(Handle, Link) ->
+-spec output(erlang:dist_handle(), meshx_node_nif:socket(), non_neg_integer()) -> no_return().
+output(Handle, Link, Urgency) ->
     receive
         dist_data ->
-            try
-                drain(Handle, Link)
+            try drain(Handle, Link, Urgency) of
+                NextUrgency -> output(Handle, Link, NextUrgency)
             catch
                 error:badarg -> death_row(connection_closed)
             end;
         {select, Link, _, ready_output} ->
             %% The rest of a tick.
-            write(Link, meshx_node_nif:flush(Link));
+            write(Link, meshx_node_nif:flush(Link)),
+            output(Handle, Link, Urgency);
         {send, From, Ref, Data} ->
             %% A back door that OTP's distribution test suites use on carriers like this one.
             Binary = iolist_to_binary(Data),
             write(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])),
-            From ! {Ref, ok};
+            From ! {Ref, ok},
+            output(Handle, Link, Urgency);
         _ ->
-            ok
-    end,
-    output(Handle, Link).
+            output(Handle, Link, Urgency)
+    end.
 
 %% Writes all that the emulator has for this link, then asks to be told of more. While the
 %% socket is full nothing is taken from the emulator, which then suspends the senders.
-drain(Handle, Link) ->
+drain(Handle, Link, Urgency) ->
     case gather(Handle, 0, 0, []) of
-        {[], none} ->
-            erlang:dist_ctrl_get_data_notification(Handle);
-        {Frames, none} ->
+        {[], _} ->
+            erlang:dist_ctrl_get_data_notification(Handle),
+            Urgency;
+        {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
-            erlang:dist_ctrl_get_data_notification(Handle);
-        {Frames, more} ->
-            write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link)
+            drain(Handle, Link, urgency(Bytes, Urgency))
     end.
 
+%% When its queue is full the emulator suspends all senders, and resumes all when the queue is
+%% half empty. The first to run, usually one with much to send, fills it again, and the others
+%% are suspended once more: for seconds, if they are unlucky. So while much is sent, and a while
+%% after, we run before the senders, and take what the first of them has queued before the next
+%% one runs. Otherwise we run like all others: by then several messages have come together.
+urgency(Bytes, Urgency) when Bytes >= ?MUCH ->
+    Urgency =:= 0 andalso process_flag(priority, high),
+    ?URGENT_WRITES;
+urgency(_, 1) ->
+    process_flag(priority, normal),
+    0;
+urgency(_, 0) ->
+    0;
+urgency(_, Urgency) ->
+    Urgency - 1.
+
 gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
-    {lists:reverse(Frames), more};
+    {lists:reverse(Frames), Bytes};
 gather(Handle, Bytes, Count, Frames) ->
     case erlang:dist_ctrl_get_data(Handle) of
-        none -> {lists:reverse(Frames), none};
+        none when Bytes >= ?MUCH -> wait_for_more(Handle, Bytes, Count, Frames, ?YIELDS);
+        none -> {lists:reverse(Frames), Bytes};
+        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
+    end.
+
+wait_for_more(_Handle, Bytes, _Count, Frames, 0) ->
+    {lists:reverse(Frames), Bytes};
+wait_for_more(Handle, Bytes, Count, Frames, Yields) ->
+    erlang:yield(),
+    case erlang:dist_ctrl_get_data(Handle) of
+        none -> wait_for_more(Handle, Bytes, Count, Frames, Yields - 1);
         {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
     end.
 
@@ -480,6 +511,9 @@ input_loop(Handle, Link) ->
     case meshx_node_nif:read(Link) of
         {more, Frames} ->
             put_frames(Handle, Frames),
+            %% Those who receive it come first: input that outruns them only makes their message
+            %% queues long, and memory that was never touched before is the slowest.
+            erlang:yield(),
             input_loop(Handle, Link);
         {wait, Frames} ->
             put_frames(Handle, Frames),

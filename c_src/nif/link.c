@@ -1,11 +1,11 @@
 /*
  * Framed input and output of a link: see link.h; fields and locks are in socket.h.
  *
- * Input reads into one buffer and delivers every whole frame in it. Small frames are
- * copied into binaries of their own; larger ones become sub-binaries of the buffer, which
- * is then given to the emulator, and what follows the last whole frame moves to a new
- * buffer. Only real binaries may reach dist_ctrl_put_data: the emulator's decoder aborts
- * on those of enif_make_resource_binary.
+ * Input reads into a stage, memory of the link's own, and delivers every whole frame in
+ * it as a binary of its own: a receiver that keeps a message pins nothing but that. Only
+ * a frame over 64 KiB, part of a large message, is read into its binary directly. Only
+ * real binaries may reach dist_ctrl_put_data: the emulator's decoder aborts on those of
+ * enif_make_resource_binary.
  *
  * Output gathers frames into one writev. What the kernel does not take stays in the
  * writer's environment until the socket is writable; the caller writes nothing new before
@@ -17,22 +17,31 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-/* Frames delivered per call at most: bounds the call. */
+/* Frames and bytes delivered per call: bounds the call. The last receive may go beyond by
+ * what it has room for. */
 #define FRAMES_PER_READ 512
-/* Below this a frame is copied: a copy is cheaper than a reference that pins the buffer.
- */
-#define COPY_BELOW 2048
-/* The large kind stays just under the 512 KiB from which the emulator's allocator maps
- * and unmaps each block by itself, which costs page faults on every read; the small kind
- * is what a quiet link keeps. */
-#define BUFFER_BULK ((size_t)480 * 1024)
-#define BUFFER_SMALL ((size_t)8 * 1024)
+#define BYTES_PER_READ ((size_t)64 * 1024)
+/* Room for frames that are copied; the small one is what a quiet link keeps. */
+#define STAGE_BULK ((size_t)256 * 1024)
+#define STAGE_SMALL ((size_t)8 * 1024)
+/* A frame that is longer, header included, is read into place if it is not yet whole: a
+ * copy costs more than the shorter reads. The emulator's own fragments of large messages
+ * are the frames just above it. */
+#define LARGE_FROM ((size_t)64 * 1024)
+/* What is allocated for a large frame before its bytes come. */
+#define LARGE_FIRST ((size_t)256 * 1024)
+/* Read together with a large frame's end: enough for the next one's header, or for many
+ * small frames. */
+#define READ_AHEAD ((size_t)4 * 1024)
 /* Pieces of one writev; IOV_MAX on Linux. */
 #define PIECES_MAX 1024
 /* System calls of one write: bounds the call when frames have very many pieces. */
 #define WRITES_PER_CALL 8
 /* Bytes that count as a whole time slice (1 ms at about 2 GB/s of copying). */
 #define BYTES_PER_TIMESLICE ((size_t)2 * 1024 * 1024)
+
+/* What a frame costs beside its bytes, in bytes. */
+#define BYTES_PER_FRAME ((size_t)256)
 
 static const uint8_t zeros[FRAME_DISTRIBUTION];
 
@@ -66,147 +75,194 @@ ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
 
 /* ---- input ---- */
 
-struct span {
-    size_t offset;
-    size_t size;
-};
-
-/* Finds up to |max| whole frames. Ticks are counted and passed over. |*need| becomes what
- * a partial frame at |*next| needs in all (0: none is there). False: a frame is too
- * large. */
-static bool find_frames(struct socket *socket, struct span *frames, size_t max,
-                        size_t *count, size_t *next, size_t *need) {
-    const uint8_t *bytes = socket->reader.buffer.data;
-    size_t position = socket->reader.start;
-    uint_fast64_t ticks = 0;
-    bool valid = true;
-
-    *count = 0;
-    *need = 0;
-    while (*count < max && position < socket->reader.end) {
-        size_t size;
-        enum frame_status status = frame_next(socket->header, bytes + position,
-                                              socket->reader.end - position, &size, need);
-        valid = status != FRAME_TOO_LARGE;
-        if (status != FRAME_COMPLETE) {
-            break;
-        }
-        *need = 0;
-        position += socket->header;
-        if (size == 0 && socket->header == FRAME_DISTRIBUTION) {
-            ticks++;
-        } else {
-            frames[*count] = (struct span){position, size};
-            (*count)++;
-        }
-        position += size;
+void link_reader_free(struct socket *socket) {
+    enif_free(socket->reader.stage);
+    if (socket->reader.large_size > 0) {
+        enif_release_binary(&socket->reader.large);
     }
-    *next = position;
-    atomic_fetch_add_explicit(&socket->frames_in, *count + ticks, memory_order_relaxed);
-    return valid;
 }
 
-/* Makes a buffer of |capacity| that begins with what is not yet delivered. */
-static bool renew_buffer(struct socket *socket, size_t capacity) {
-    ErlNifBinary fresh;
+/* Gives the stage |capacity| bytes; what is in it moves to its beginning. */
+static bool renew_stage(struct socket *socket, size_t capacity) {
     size_t rest = socket->reader.end - socket->reader.start;
+    uint8_t *stage = enif_alloc(capacity);
 
-    if (!enif_alloc_binary(capacity, &fresh)) {
+    if (stage == NULL) {
         return false;
     }
     if (rest > 0) {
-        memcpy(fresh.data, socket->reader.buffer.data + socket->reader.start, rest);
+        memcpy(stage, socket->reader.stage + socket->reader.start, rest);
     }
-    if (socket->reader.allocated) {
-        enif_release_binary(&socket->reader.buffer);
-    }
-    socket->reader.buffer = fresh;
-    socket->reader.allocated = true;
+    enif_free(socket->reader.stage);
+    socket->reader.stage = stage;
+    socket->reader.capacity = capacity;
     socket->reader.start = 0;
     socket->reader.end = rest;
     return true;
 }
 
-/* Makes room for the next read: at least one byte, |need| for the frame that is partial.
- * A frame longer than the buffer gets its room as its bytes come, doubling: its header
- * alone is not trusted for an allocation. */
+/* Makes room in the stage for |need| bytes from |start| on, and more. */
 static bool make_room(struct socket *socket, size_t need) {
-    size_t wanted =
-        socket->reader.bulk || need > BUFFER_SMALL ? BUFFER_BULK : BUFFER_SMALL;
+    size_t wanted = socket->reader.bulk || need > STAGE_SMALL ? STAGE_BULK : STAGE_SMALL;
     size_t rest = socket->reader.end - socket->reader.start;
 
-    if (rest >= wanted) {
-        wanted = 2 * rest < need ? 2 * rest : need;
-    }
-    if (!socket->reader.allocated || socket->reader.buffer.size < wanted) {
-        return renew_buffer(socket, wanted);
+    if (socket->reader.capacity < wanted) {
+        return renew_stage(socket, wanted);
     }
     if (rest == 0) {
         socket->reader.start = 0;
         socket->reader.end = 0;
     } else if (socket->reader.start > 0 &&
-               socket->reader.start + (need > rest ? need : rest + 1) >
-                   socket->reader.buffer.size) {
-        memmove(socket->reader.buffer.data,
-                socket->reader.buffer.data + socket->reader.start, rest);
+               (socket->reader.start + need > socket->reader.capacity ||
+                socket->reader.end == socket->reader.capacity)) {
+        memmove(socket->reader.stage, socket->reader.stage + socket->reader.start, rest);
         socket->reader.start = 0;
         socket->reader.end = rest;
     }
-    return socket->reader.end < socket->reader.buffer.size ||
-           renew_buffer(socket, 2 * socket->reader.buffer.size);
+    return true;
 }
 
-/*
- * Makes the list of |count| frames and moves |start| to |next|. When a frame is large the
- * buffer is given away and the rest is copied to a new one. Returns 0 when memory ran
- * out.
- */
-static ERL_NIF_TERM deliver(ErlNifEnv *env, struct socket *socket,
-                            const struct span *frames, size_t count, size_t next) {
-    ERL_NIF_TERM list = enif_make_list(env, 0);
-    ERL_NIF_TERM whole = 0;
-    size_t i;
+/* Begins the large frame of |size| bytes whose first bytes, after the header at |start|,
+ * are in the stage. Memory for a very long one comes as its bytes do: its header alone is
+ * not trusted. */
+static bool begin_large(struct socket *socket, size_t size) {
+    size_t begin = socket->reader.start + (size_t)socket->header;
+    size_t first = size < LARGE_FIRST ? size : LARGE_FIRST;
 
-    for (i = 0; i < count && frames[i].size < COPY_BELOW; i++) {
+    if (!enif_alloc_binary(first, &socket->reader.large)) {
+        return false;
     }
-    socket->reader.start = next;
-    if (i < count) {
-        ErlNifBinary given = socket->reader.buffer;
-        size_t used = socket->reader.end;
-        socket->reader.allocated = false; /* renew_buffer() must not release it */
-        if (!renew_buffer(socket,
-                          used - next > BUFFER_SMALL / 2 ? BUFFER_BULK : BUFFER_SMALL)) {
-            socket->reader.allocated = true;
-            return 0;
+    socket->reader.large_size = size;
+    socket->reader.filled = socket->reader.end - begin;
+    memcpy(socket->reader.large.data, socket->reader.stage + begin,
+           socket->reader.filled);
+    socket->reader.start = 0;
+    socket->reader.end = 0;
+    return true;
+}
+
+static bool grow_large(struct socket *socket) {
+    size_t size = 2 * socket->reader.large.size;
+
+    return socket->reader.filled < socket->reader.large.size ||
+           enif_realloc_binary(&socket->reader.large, size < socket->reader.large_size
+                                                          ? size
+                                                          : socket->reader.large_size);
+}
+
+/* The frames of one call. */
+struct frames {
+    ERL_NIF_TERM terms[FRAMES_PER_READ];
+    unsigned count;
+    unsigned max;
+    size_t bytes; /* of all received for them */
+    size_t need;  /* bytes that the partial frame at the stage's start needs in all */
+    bool too_large;
+};
+
+/* Takes the whole frames out of what was read, up to |max|. Ticks are counted and passed
+ * over. False: out of memory. */
+static bool take_frames(ErlNifEnv *env, struct socket *socket, struct frames *frames) {
+    uint_fast64_t ticks = 0;
+    unsigned before = frames->count;
+    bool memory = true;
+
+    frames->need = 0;
+    if (socket->reader.large_size > 0 &&
+        socket->reader.filled == socket->reader.large_size) {
+        frames->terms[frames->count++] = enif_make_binary(env, &socket->reader.large);
+        socket->reader.large_size = 0;
+    }
+    while (frames->count < frames->max && socket->reader.start < socket->reader.end) {
+        const uint8_t *bytes = socket->reader.stage + socket->reader.start;
+        size_t size = 0;
+        enum frame_status status =
+            frame_next(socket->header, bytes, socket->reader.end - socket->reader.start,
+                       &size, &frames->need);
+        if (status == FRAME_TOO_LARGE) {
+            frames->too_large = true;
+            break;
         }
-        /* A receiver that keeps one message must not pin a buffer that is mostly empty.
-         */
-        if (next < given.size / 2) {
-            enif_realloc_binary(&given, next);
-        }
-        whole = enif_make_binary(env, &given);
-        for (i = count; i-- > 0;) {
-            ERL_NIF_TERM frame;
-            if (frames[i].size < COPY_BELOW) {
-                unsigned char *copy = enif_make_new_binary(env, frames[i].size, &frame);
-                memcpy(copy, given.data + frames[i].offset, frames[i].size);
-            } else {
-                frame =
-                    enif_make_sub_binary(env, whole, frames[i].offset, frames[i].size);
+        if (status == FRAME_PARTIAL) {
+            if (frames->need > LARGE_FROM) {
+                memory = begin_large(socket, size);
             }
-            list = enif_make_list_cell(env, frame, list);
+            break;
         }
-        return list;
-    }
-    for (i = count; i-- > 0;) {
-        ERL_NIF_TERM frame;
-        unsigned char *copy = enif_make_new_binary(env, frames[i].size, &frame);
-        if (frames[i].size > 0) {
-            memcpy(copy, socket->reader.buffer.data + frames[i].offset, frames[i].size);
+        frames->need = 0;
+        if (size == 0 && socket->header == FRAME_DISTRIBUTION) {
+            ticks++;
+        } else {
+            unsigned char *copy =
+                enif_make_new_binary(env, size, &frames->terms[frames->count++]);
+            if (size > 0) {
+                memcpy(copy, bytes + socket->header, size);
+            }
         }
-        list = enif_make_list_cell(env, frame, list);
+        socket->reader.start += (size_t)socket->header + size;
     }
-    return list;
+    atomic_fetch_add_explicit(&socket->frames_in, frames->count - before + ticks,
+                              memory_order_relaxed);
+    return memory;
+}
+
+/* One receive: into the large frame under way and a little beyond, else into the stage.
+ * |*room| is what fits; the result is that of recvmsg, with ENOMEM of our own. */
+static ssize_t receive(struct socket *socket, size_t need, size_t *room) {
+    struct iovec pieces[2];
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 1};
+    size_t large = 0;
+    ssize_t received;
+
+    if (socket->reader.large_size > 0) {
+        if (!grow_large(socket)) {
+            errno = ENOMEM;
+            return -1;
+        }
+        large = socket->reader.large.size - socket->reader.filled;
+        pieces[0].iov_base = socket->reader.large.data + socket->reader.filled;
+        pieces[0].iov_len = large;
+        /* Only the next frame's beginning: what is read into the stage is copied again.
+         */
+        pieces[1].iov_base = socket->reader.stage;
+        pieces[1].iov_len = READ_AHEAD;
+        if (socket->reader.large.size == socket->reader.large_size) {
+            message.msg_iovlen = 2;
+        }
+    } else {
+        if (!make_room(socket, need)) {
+            errno = ENOMEM;
+            return -1;
+        }
+        pieces[0].iov_base = socket->reader.stage + socket->reader.end;
+        pieces[0].iov_len = socket->reader.capacity - socket->reader.end;
+    }
+    *room = pieces[0].iov_len + (message.msg_iovlen == 2 ? pieces[1].iov_len : 0);
+    do {
+        received = recvmsg(socket->fd, &message, 0);
+    } while (received < 0 && errno == EINTR);
+    if (received <= 0) {
+        return received;
+    }
+    if ((size_t)received > large) {
+        socket->reader.end += (size_t)received - large;
+        socket->reader.filled += large;
+    } else {
+        socket->reader.filled += (size_t)received;
+    }
+    return received;
+}
+
+/* A quiet link keeps little. */
+static void shrink(struct socket *socket) {
+    if (!socket->reader.bulk && socket->reader.capacity > STAGE_SMALL &&
+        socket->reader.start == socket->reader.end && socket->reader.large_size == 0) {
+        enif_free(socket->reader.stage);
+        socket->reader.stage = NULL;
+        socket->reader.capacity = 0;
+        socket->reader.start = 0;
+        socket->reader.end = 0;
+    }
 }
 
 /*
@@ -218,85 +274,72 @@ static ERL_NIF_TERM deliver(ErlNifEnv *env, struct socket *socket,
  */
 ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct socket *socket = socket_get(env, argv[0]);
-    struct span frames[FRAMES_PER_READ];
-    size_t max;
-    size_t count = 0;
-    size_t next = 0;
-    size_t need = 0;
-    size_t moved = 0;
-    ERL_NIF_TERM list;
+    struct frames frames;
     ERL_NIF_TERM result;
-    bool wait = false;
-    bool valid;
+    ERL_NIF_TERM failure = 0;
+    bool drained = false;
 
     (void)argc;
     if (socket == NULL) {
         return enif_make_badarg(env);
     }
+    frames.count = 0;
+    frames.bytes = 0;
+    frames.too_large = false;
     enif_mutex_lock(socket->read);
+    frames.max = socket->header == FRAME_HANDSHAKE ? 1 : FRAMES_PER_READ;
     if (socket->fd < 0) {
-        result = closed(env);
-        goto done;
+        failure = closed(env);
+    } else if (!take_frames(env, socket, &frames)) { /* left by the last call */
+        failure = terms_error_errno(env, ENOMEM);
     }
-    max = socket->header == FRAME_HANDSHAKE ? 1 : FRAMES_PER_READ;
-    /* Frames left by the last call come first: it stopped at |max|. */
-    valid = find_frames(socket, frames, max, &count, &next, &need);
-    if (valid && count == 0) {
-        ssize_t received;
-        socket->reader.start = next;
-        if (!make_room(socket, need)) {
-            result = terms_error_errno(env, ENOMEM);
-            goto done;
+    while (failure == 0 && !drained && !frames.too_large && frames.count < frames.max &&
+           frames.bytes < BYTES_PER_READ) {
+        size_t room = 0;
+        ssize_t received = receive(socket, frames.need, &room);
+        if (received > 0) {
+            frames.bytes += (size_t)received;
+            socket->reader.bulk =
+                (size_t)received == room || (size_t)received > STAGE_SMALL;
+            /* After a short read the socket was empty: asking the kernel again is a
+             * wasted call. */
+            drained = (size_t)received < room;
+            if (!take_frames(env, socket, &frames)) {
+                failure = terms_error_errno(env, ENOMEM);
+            }
+        } else if (received == 0 || errno == ECONNRESET) {
+            failure = closed(env);
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            socket->reader.bulk = false;
+            drained = true;
+        } else {
+            failure = terms_error_errno(env, errno);
         }
-        size_t room = socket->reader.buffer.size - socket->reader.end;
-        do {
-            received = recv(socket->fd, socket->reader.buffer.data + socket->reader.end,
-                            room, 0);
-        } while (received < 0 && errno == EINTR);
-        if (received == 0 || (received < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
-            result = received == 0 || errno == ECONNRESET ? closed(env)
-                                                          : terms_error_errno(env, errno);
-            goto done;
-        }
-        moved = received > 0 ? (size_t)received : 0;
-        atomic_fetch_add_explicit(&socket->bytes_in, moved, memory_order_relaxed);
-        socket->reader.end += moved;
-        socket->reader.bulk = moved == room || moved > BUFFER_SMALL;
-        /* After a short read the socket was empty: asking the kernel again is a wasted
-         * call. */
-        wait = moved < room;
-        valid = find_frames(socket, frames, max, &count, &next, &need);
     }
-    if (!valid && count == 0) {
-        result = enif_make_tuple2(env, am_error, enif_make_atom(env, "bad_frame"));
-        goto done;
+    if (frames.too_large) {
+        failure = enif_make_tuple2(env, am_error, enif_make_atom(env, "bad_frame"));
     }
-    list = deliver(env, socket, frames, count, next);
-    if (list == 0) {
-        result = terms_error_errno(env, ENOMEM);
-        goto done;
-    }
+    atomic_fetch_add_explicit(&socket->bytes_in, frames.bytes, memory_order_relaxed);
     /* What was read but not looked at, because |max| was reached, makes no select
      * message. */
-    wait = wait && count < max;
-    if (wait) {
-        if (socket->reader.start == socket->reader.end && socket->reader.allocated &&
-            socket->reader.buffer.size > BUFFER_SMALL && !socket->reader.bulk) {
-            enif_release_binary(&socket->reader.buffer); /* a quiet link keeps little */
-            socket->reader.allocated = false;
-            socket->reader.start = 0;
-            socket->reader.end = 0;
-        }
+    drained = drained && frames.count < frames.max;
+    if (failure == 0 && drained) {
+        shrink(socket);
         if (enif_select(env, socket->fd, ERL_NIF_SELECT_READ, socket, NULL,
                         am_undefined) < 0) {
-            result = terms_error_errno(env, ENOMEM);
-            goto done;
+            failure = terms_error_errno(env, ENOMEM);
         }
     }
-    result = enif_make_tuple2(env, wait ? am_wait : am_more, list);
-done:
+    if (failure != 0 && frames.count == 0) {
+        result = failure;
+    } else {
+        /* A failure comes again at the next call. */
+        result =
+            enif_make_tuple2(env, drained && failure == 0 ? am_wait : am_more,
+                             enif_make_list_from_array(env, frames.terms, frames.count));
+    }
     enif_mutex_unlock(socket->read);
-    consume_timeslice(env, moved);
+    consume_timeslice(env, frames.bytes + frames.count * BYTES_PER_FRAME);
     return result;
 }
 

@@ -11,6 +11,9 @@
 
 #include "socket.h"
 
+/* Frees all input that is not yet delivered. For the last user of |socket|. */
+void link_reader_free(struct socket *socket);
+
 /* NIFs; the specs stand in src/meshx_node_nif.erl. */
 ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);

@@ -2,6 +2,7 @@
  * The socket resource: see socket.h for owner, locks and the life of the descriptor.
  */
 #include "socket.h"
+#include "link.h"
 #include "sock.h"
 #include <arpa/inet.h>
 #include <errno.h>
@@ -25,9 +26,7 @@ static void on_destroy(ErlNifEnv *env, void *object) {
     if (socket->fd >= 0) {
         close(socket->fd);
     }
-    if (socket->reader.allocated) {
-        enif_release_binary(&socket->reader.buffer);
-    }
+    link_reader_free(socket);
     if (socket->writer.env != NULL) {
         enif_free_env(socket->writer.env);
     }

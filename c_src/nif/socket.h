@@ -29,12 +29,15 @@ struct socket {
     ErlNifMonitor monitor;
     enum frame_header header; /* set while the handshake's only user calls; both locks */
 
-    struct { /* guarded by |read| */
-        ErlNifBinary buffer;
-        size_t start; /* bytes before it are delivered */
-        size_t end;   /* bytes after it are not yet filled */
-        bool allocated;
-        bool bulk; /* the last read filled the buffer: the next one is the large kind */
+    struct {            /* guarded by |read|; link_reader_free() frees it */
+        uint8_t *stage; /* bytes that were read, of frames not yet delivered */
+        size_t capacity;
+        size_t start;       /* bytes before it are delivered */
+        size_t end;         /* bytes after it are not yet filled */
+        ErlNifBinary large; /* a large frame that is read into place */
+        size_t large_size;  /* bytes of it in all; 0: none is under way */
+        size_t filled;      /* bytes of it that have come */
+        bool bulk;          /* much has come lately: the next stage is the large kind */
     } reader;
 
     struct {               /* guarded by |write| */

@@ -5,6 +5,8 @@
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
+-import(meshx_ct_link, [connect/1, written/2, in_owner/2, finished/1, bytes/1]).
+
 -export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([
     reads_frames_cut_at_every_byte/1,
@@ -48,8 +50,7 @@ end_per_suite(_Config) ->
 
 %% A listener for the peer of each link.
 init_per_testcase(_Case, Config) ->
-    {ok, Listener} = gen_tcp:listen(0, [binary, {active, false}, {ip, {127, 0, 0, 1}}]),
-    {ok, Port} = inet:port(Listener),
+    {Listener, Port} = meshx_ct_link:listen([]),
     [{listener, Listener}, {port, Port} | Config].
 
 end_per_testcase(_Case, Config) ->
@@ -137,7 +138,7 @@ writes_to_a_slow_reader_lose_nothing(Config) ->
     Stream = iolist_to_binary([[<<(byte_size(F)):32>>, F] || F <- Frames]),
     Writer = in_owner(Link, fun() -> write_all(Link, Frames) end),
     ?assert(Stream =:= slow_read(Peer, byte_size(Stream))),
-    finished(Writer).
+    ?assertEqual(ok, finished(Writer)).
 
 writes_frames_of_very_many_pieces(Config) ->
     {Link, Peer} = link_pair(Config),
@@ -147,7 +148,7 @@ writes_frames_of_very_many_pieces(Config) ->
     end),
     Expected = iolist_to_binary([<<60000:32>>, Pieces, <<1:32, "!">>]),
     ?assert({ok, Expected} =:= gen_tcp:recv(Peer, byte_size(Expected))),
-    finished(Writer).
+    ?assertEqual(ok, finished(Writer)).
 
 refuses_a_write_while_one_is_pending(Config) ->
     {Link, _Peer} = link_pair(Config),
@@ -177,7 +178,7 @@ tick_while_data_is_pending_adds_nothing(Config) ->
     Writer = in_owner(Link, fun() -> written(Link, meshx_node_nif:flush(Link)) end),
     Read = slow_read(Peer, Written + Pending),
     ?assertEqual(<<"end">>, binary:part(Read, byte_size(Read), -3)),
-    finished(Writer).
+    ?assertEqual(ok, finished(Writer)).
 
 %% The kernel may take a part of a tick's four bytes.
 ticks_into_a_full_socket_keep_the_framing(Config) ->
@@ -190,7 +191,7 @@ ticks_into_a_full_socket_keep_the_framing(Config) ->
         written(Link, meshx_node_nif:write(Link, [{4, [<<"last">>]}]))
     end),
     ?assert(slow_read(Peer, 4 * Ticks + 8) =:= <<0:(32 * Ticks), 4:32, "last">>),
-    finished(Writer).
+    ?assertEqual(ok, finished(Writer)).
 
 counts_frames_and_bytes(Config) ->
     {Link, Peer} = link_pair(Config),
@@ -306,20 +307,6 @@ link_pair(Config) ->
     ok = meshx_node_nif:framing(Link, distribution),
     {Link, Peer}.
 
-connect(Port) ->
-    case meshx_node_nif:connect({127, 0, 0, 1}, Port, undefined, #{}) of
-        {wait, Link} ->
-            receive
-                {select, Link, _, ready_output} -> ok
-            end,
-            case meshx_node_nif:connected(Link) of
-                ok -> {ok, Link};
-                Error -> Error
-            end;
-        Other ->
-            Other
-    end.
-
 accept(Listener, wait) ->
     receive
         {select, Listener, _, ready_input} -> ok
@@ -370,28 +357,6 @@ await_input(Link, wait) ->
         {select, Link, _, ready_input} -> ok
     end.
 
-%% Runs Fun in a new process that owns Link; finished/1 waits for its ok.
-in_owner(Link, Fun) ->
-    Self = self(),
-    Pid = spawn_link(fun() ->
-        receive
-            go -> Self ! {finished, self(), Fun()}
-        end,
-        receive
-            stop -> ok
-        end
-    end),
-    ok = meshx_node_nif:controlling_process(Link, Pid),
-    Pid ! go,
-    Pid.
-
-finished(Pid) ->
-    receive
-        {finished, Pid, Result} ->
-            Pid ! stop,
-            ?assertEqual(ok, Result)
-    end.
-
 write_all(_Link, []) ->
     ok;
 write_all(Link, Frames) ->
@@ -402,16 +367,6 @@ write_all(Link, Frames) ->
 halves(Binary) ->
     {First, Second} = split_binary(Binary, byte_size(Binary) div 2),
     [First, Second].
-
-written(Link, wait) ->
-    receive
-        {select, Link, _, ready_output} -> ok
-    end,
-    written(Link, meshx_node_nif:flush(Link));
-written(Link, more) ->
-    written(Link, meshx_node_nif:flush(Link));
-written(_Link, Result) ->
-    Result.
 
 %% Writes more than the socket takes.
 fill(Link) ->
@@ -437,8 +392,3 @@ slow_read(Peer, Left, Read) ->
     erlang:yield(),
     {ok, Data} = gen_tcp:recv(Peer, min(Left, 50000), 10000),
     slow_read(Peer, Left - byte_size(Data), [Data | Read]).
-
-%% Bytes that differ from place to place and from size to size.
-bytes(Size) ->
-    Words = <<<<(erlang:phash2({Size, N})):32>> || N <- lists:seq(1, 250)>>,
-    binary:part(binary:copy(Words, Size div byte_size(Words) + 1), 0, Size).
