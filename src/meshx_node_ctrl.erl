@@ -20,9 +20,8 @@
 %% before it suspends senders (+zdbbl).
 -define(GATHER_BYTES, 2097152).
 -define(GATHER_FRAMES, 500).
-%% Bytes gathered that tell of a stream of large messages, and how often to look for more of it.
+%% Bytes gathered that tell of a stream of large messages.
 -define(MUCH, 393216).
--define(YIELDS, 4).
 %% Writes after the last of them for which the stream counts as going on.
 -define(URGENT_WRITES, 64).
 
@@ -477,17 +476,7 @@ gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GAT
     {lists:reverse(Frames), Bytes};
 gather(Handle, Bytes, Count, Frames) ->
     case erlang:dist_ctrl_get_data(Handle) of
-        none when Bytes >= ?MUCH -> wait_for_more(Handle, Bytes, Count, Frames, ?YIELDS);
         none -> {lists:reverse(Frames), Bytes};
-        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
-    end.
-
-wait_for_more(_Handle, Bytes, _Count, Frames, 0) ->
-    {lists:reverse(Frames), Bytes};
-wait_for_more(Handle, Bytes, Count, Frames, Yields) ->
-    erlang:yield(),
-    case erlang:dist_ctrl_get_data(Handle) of
-        none -> wait_for_more(Handle, Bytes, Count, Frames, Yields - 1);
         {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
     end.
 
