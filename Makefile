@@ -54,6 +54,14 @@ $(BUILD)/$(1)/core/%.o: c_src/core/%.c $(CONFIG)
 $(BUILD)/$(1)/libmeshx_core.a: $$(CORE:c_src/%.c=$(BUILD)/$(1)/%.o) c_src/core
 	@rm -f $$@
 	$$(Q)$$(AR) rcs $$@ $$(filter %.o,$$^)
+$(BUILD)/$(1)/nif/%.o: c_src/nif/%.c $(CONFIG)
+	@mkdir -p $$(@D)
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) $$(ERL_CFLAGS) -MMD -MP -c $$< -o $$@
+# nodelete: threads of the libraries may still be in their last frames when the VM unloads us.
+$(BUILD)/$(1)/meshx_node.so: $$(NIF:c_src/%.c=$(BUILD)/$(1)/%.o) $(BUILD)/$(1)/libmeshx_core.a c_src/nif
+	@echo '  CC  $$@'
+	$$(Q)$$(CC) $$(CFLAGS_$(1)) -shared -pthread -Wl,-z,nodelete $$(LDFLAGS) $$(filter %.o %.a,$$^) -o $$@ $$(PACKAGE_LIBS)
 $(BUILD)/$(1)/meshx_guard: $$(GUARD) $$(wildcard c_src/guard/*.h) $(CONFIG)
 	@mkdir -p $$(@D)
 	@echo '  CC  $$@'
@@ -73,16 +81,7 @@ $(BUILD)/$(1)/test/%_test: $(BUILD)/$(1)/test/%_test.o $(BUILD)/$(1)/libmeshx_te
 endef
 $(foreach v,release asan tsan,$(eval $(call variant,$(v))))
 
-$(BUILD)/release/nif/%.o: c_src/nif/%.c $(CONFIG)
-	@mkdir -p $(@D)
-	@echo '  CC  $@'
-	$(Q)$(CC) $(CFLAGS_release) $(CFLAGS_all) $(ERL_CFLAGS) -MMD -MP -c $< -o $@
-# nodelete: threads of the libraries may still be in their last frames when the VM unloads us.
-priv/meshx_node.so: $(NIF:c_src/%.c=$(BUILD)/release/%.o) $(BUILD)/release/libmeshx_core.a c_src/nif
-	@mkdir -p $(@D)
-	@echo '  CC  $@'
-	$(Q)$(CC) -shared -pthread -Wl,-z,nodelete $(LDFLAGS) $(filter %.o %.a,$^) -o $@ $(PACKAGE_LIBS)
-priv/meshx_guard: $(BUILD)/release/meshx_guard
+priv/%: $(BUILD)/release/%
 	@mkdir -p $(@D)
 	$(Q)install -m 755 $< $@
 -include $(wildcard $(BUILD)/*/*/*.d)
@@ -97,6 +96,10 @@ test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard ## one C module's 
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
 		$(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
+# Not with SUITE's default of all: a sanitizer has nothing to say of most of them.
+ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one
+	@MESHX_CONSUL=$$(.ci/consul --path) .ci/ct-asan $(BUILD)/asan \
+		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_link meshx_node_load)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
 STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) ct
@@ -154,4 +157,4 @@ clean-native:
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help
+.PHONY: all native test steps ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help

@@ -165,9 +165,13 @@ connected({wait, Link}, Deadline) ->
     receive
         {select, Link, _, ready_output} ->
             case meshx_node_nif:connected(Link) of
-                ok -> {ok, Link};
-                wait -> connected({wait, Link}, Deadline);
-                Error -> Error
+                ok ->
+                    {ok, Link};
+                wait ->
+                    connected({wait, Link}, Deadline);
+                Error ->
+                    meshx_node_nif:close(Link),
+                    Error
             end
     after time_left(Deadline) ->
         meshx_node_nif:close(Link),

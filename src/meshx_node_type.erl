@@ -272,7 +272,7 @@ variable_value(Value) -> text(Value).
 
 check_upstreams(Map) when is_map(Map) ->
     check_upstreams(maps:to_list(Map));
-check_upstreams([First | _] = List) when not is_integer(First) ->
+check_upstreams([First | _] = List) when not is_integer(First), length(List) > 0 ->
     upstreams([upstream(Pair) || Pair <- List], #{});
 check_upstreams([]) ->
     {ok, #{}};

@@ -30,6 +30,7 @@
 #define LARGE_FROM ((size_t)64 * 1024)
 /* What is allocated for a large frame before its bytes come. */
 #define LARGE_FIRST ((size_t)256 * 1024)
+_Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* Read together with a large frame's end: enough for the next one's header, or for many
  * small frames. */
 #define READ_AHEAD ((size_t)4 * 1024)
@@ -220,13 +221,16 @@ static ssize_t receive(struct socket *socket, size_t need, size_t *room) {
             return -1;
         }
         large = socket->reader.large.size - socket->reader.filled;
+        if (large > LARGE_FIRST) {
+            large = LARGE_FIRST; /* bounds the call */
+        }
         pieces[0].iov_base = socket->reader.large.data + socket->reader.filled;
         pieces[0].iov_len = large;
         /* Only the next frame's beginning: what is read into the stage is copied again.
          */
         pieces[1].iov_base = socket->reader.stage;
         pieces[1].iov_len = READ_AHEAD;
-        if (socket->reader.large.size == socket->reader.large_size) {
+        if (socket->reader.filled + large == socket->reader.large_size) {
             message.msg_iovlen = 2;
         }
     } else {
@@ -333,7 +337,7 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     if (failure != 0 && frames.count == 0) {
         result = failure;
     } else {
-        /* A failure comes again at the next call. */
+        /* A failure comes again at the next call, if only as the end. */
         result =
             enif_make_tuple2(env, drained && failure == 0 ? am_wait : am_more,
                              enif_make_list_from_array(env, frames.terms, frames.count));

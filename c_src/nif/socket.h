@@ -9,10 +9,9 @@
  * write. Neither is held over enif_select(STOP): the emulator may call the stop callback
  * from within it.
  *
- * Life of |fd| (function that makes the step):
- *   open     socket_new            descriptor is ours
- *   closing  socket_close          |fd| is -1 for everyone; STOP is asked for exactly
- * once closed   stop callback         close(2), the only one
+ * Life of |fd|, and which function makes the step: open (socket_new; the descriptor is
+ * ours), closing (socket_close; |fd| is -1 for everyone and STOP is asked for exactly
+ * once), closed (stop callback; its close(2) is the only one).
  */
 #ifndef MESHX_NIF_SOCKET_H
 #define MESHX_NIF_SOCKET_H

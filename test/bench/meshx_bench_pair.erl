@@ -68,7 +68,7 @@ carrier(_Config, direct, Addresses) ->
      || {Node, Port} <- maps:get(upstreams, Addresses, [])
     ],
     {"meshx_node", ["-meshx_node", "sidecar_command", "none" | Listen], [
-        {"MESHX_UPSTREAMS", lists:flatten(lists:join(",", Upstreams))} || Upstreams =/= []
+        {"MESHX_UPSTREAMS", lists:flatten(lists:join(" ", Upstreams))} || Upstreams =/= []
     ]}.
 
 epmd(Config) ->

@@ -54,7 +54,9 @@ trips(Node, Count, Milliseconds) ->
             receive
                 start -> ok
             end,
-            Self ! {self(), count_trips(Echo, deadline(Milliseconds), 0)}
+            Self ! {self(), count_trips(Echo, deadline(Milliseconds), 0)},
+            unlink(Echo),
+            exit(Echo, kill)
         end)
      || _ <- lists:seq(1, Count)
     ],

@@ -2,12 +2,15 @@
  * Plain TCP without Erlang: what loopback, or the Consul proxies when PORT is a sidecar's
  * upstream, give to a program that does nothing else. The benchmarks' yardstick.
  *
- *   tcp server PORT                       serves 127.0.0.1:PORT (0: a free one) until
- * stdin ends; prints "port N" when it is ready tcp roundtrip PORT SIZE MILLISECONDS  one
- * message outstanding; prints the round trip's p50, p99 and p99.9 in us, and how many
- * there were tcp clients PORT SIZE N MILLISECONDS  N messages outstanding; prints round
- * trips/s tcp stream PORT SIZE MILLISECONDS     one way, SIZE bytes a write; prints MB/s
- * and bytes
+ * tcp server PORT: serves 127.0.0.1:PORT (0: a free one) until stdin ends; prints
+ * "port N" when it is ready.
+ *
+ * tcp roundtrip PORT SIZE MILLISECONDS: one message outstanding; prints the round trip's
+ * p50, p99 and p99.9 in us, and how many there were.
+ *
+ * tcp clients PORT SIZE N MILLISECONDS: N messages outstanding; prints round trips/s.
+ *
+ * tcp stream PORT SIZE MILLISECONDS: one way, SIZE bytes a write; prints MB/s and bytes.
  *
  * The server has a thread for each connection; a client has one connection and one
  * thread. A connection begins with an order, which the server answers, so that the way
@@ -31,7 +34,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* As the carrier's read buffer. */
+/* Large, so that few system calls are needed. */
 #define READ_SIZE ((size_t)480 * 1024)
 #define MAX_SIZE ((size_t)64 * 1024 * 1024)
 #define MAX_CLIENTS 4096

@@ -304,7 +304,11 @@ start_vm(Config, Naming, Options) ->
 %% end of a VM.
 executable() ->
     Errors = filename:join(item(directory), "stderr"),
-    {"/bin/sh", ["-c", "exec \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", os:find_executable("erl")]}.
+    {"/bin/sh", ["-c", "exec \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", erl_program()]}.
+
+%% Another one of make ct-asan.
+erl_program() ->
+    os:getenv("MESHX_CT_ERL", os:find_executable("erl")).
 
 remember(#{id := Id} = Node, Scope) ->
     true = ets:insert(?TABLE, {{node, Id}, Node, Scope}),
@@ -329,7 +333,7 @@ net_start(Node, Name, More) ->
 erl(Config, Arguments, Options) ->
     Log = filename:join(item(directory), "erl.log"),
     Agent = maps:get(agent, Options, proplists:get_value(agent, Config)),
-    Port = open_port({spawn_executable, os:find_executable("erl")}, [
+    Port = open_port({spawn_executable, erl_program()}, [
         {args, ["-noinput" | arguments(Log, Options)] ++ Arguments},
         {env, [{"ERL_CRASH_DUMP_SECONDS", "0"} | environment(Agent, Options)]},
         binary,

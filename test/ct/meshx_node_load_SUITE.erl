@@ -14,8 +14,8 @@
 -define(ROUND_TRIPS, 200).
 -define(BULK, 4096).
 
-%% Seconds; a peer from which nothing comes for 3 to 5 of them is down.
--define(TICK_TIME, 4).
+%% Seconds; a peer from which nothing comes for 6 to 10 of them is down.
+-define(TICK_TIME, 8).
 
 %% Senders towards a stopped VM, and what each sends: 1 GiB in all.
 -define(SENDERS, 20).
@@ -185,7 +185,7 @@ stopped_peers_are_down_at_full_load(Config) ->
     Loads = [load(A, Other) || Other <- Others],
     Names = [Name || #{node := Name} <- Others],
     while_stopped(Others, fun() ->
-        meshx_ct:wait("both to be down", fun() -> length(downs(A)) =:= 2 end, 20000),
+        meshx_ct:wait("both to be down", fun() -> length(downs(A)) =:= 2 end, 40000),
         ?assertEqual([{Name, net_tick_timeout} || Name <- Names], lists:sort(downs(A))),
         %% No sender waits for ever.
         [unload(Load) || Load <- Loads]
@@ -321,7 +321,7 @@ holds_the_senders(A, #{node := NameB} = B) ->
             nosuspend =:= erlang:send({nobody, NameB}, message(0), [nosuspend])
         end),
         Held = [Now - Then || {Now, Then} <- lists:zip(memory(A), Before)],
-        ct:log("held by the emulator's count, and by the kernel's: ~p bytes", [Held]),
+        ct:log("held by the kernel's count, and by the emulator's: ~p bytes", [Held]),
         [?assert(Bytes < ?HELD) || Bytes <- Held]
     end),
     ?assertEqual(
@@ -372,8 +372,15 @@ receive_numbered() ->
      || N <- lists:seq(1, ?MESSAGES)
     ].
 
-%% Bytes: as the emulator counts them, and what the process takes of the machine.
+%% Bytes that the process takes of the machine, and that the emulator counts, if it does.
 memory(#{process := Process} = Node) ->
     {ok, Status} = file:read_file(lists:concat(["/proc/", meshx_ct_proc:pid(Process), "/status"])),
     {match, [Resident]} = re:run(Status, "VmRSS:\\s+([0-9]+) kB", [{capture, all_but_first, binary}]),
-    [meshx_ct:call(Node, erlang, memory, [total]), binary_to_integer(Resident) * ?KIB].
+    Counted = meshx_ct:call(Node, fun() ->
+        try
+            [erlang:memory(total)]
+        catch
+            error:notsup -> []
+        end
+    end),
+    [binary_to_integer(Resident) * ?KIB | Counted].

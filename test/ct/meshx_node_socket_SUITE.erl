@@ -114,12 +114,16 @@ refuses_a_frame_longer_than_allowed(Config) ->
     ?assertEqual({error, bad_frame}, read_to_end(Link)).
 
 does_not_allocate_for_a_length_alone(Config) ->
-    {Link, Peer} = link_pair(Config),
-    Before = erlang:memory(binary),
-    ok = gen_tcp:send(Peer, <<(100 * 1024 * 1024):32, "only this much">>),
-    ?assertEqual([], read_bytes(Link, 18)),
-    ?assertMatch({wait, []}, meshx_node_nif:read(Link)),
-    ?assert(erlang:memory(binary) - Before < 2 * 1024 * 1024).
+    try erlang:memory(binary) of
+        Before ->
+            {Link, Peer} = link_pair(Config),
+            ok = gen_tcp:send(Peer, <<(100 * 1024 * 1024):32, "only this much">>),
+            ?assertEqual([], read_bytes(Link, 18)),
+            ?assertMatch({wait, []}, meshx_node_nif:read(Link)),
+            ?assert(erlang:memory(binary) - Before < 2 * 1024 * 1024)
+    catch
+        error:notsup -> {skip, "the emulator does not count its memory"}
+    end.
 
 %% ---- writing ----
 

@@ -13,6 +13,7 @@ all() ->
         beside_the_mesh,
         external_sidecars,
         refuses,
+        refused_again_and_again_costs_one_descriptor,
         does_not_accept,
         closes,
         says_nothing,
@@ -173,6 +174,28 @@ fails(Node, Other, Port, Pattern) ->
 refuses(Config) ->
     Port = meshx_ct_agent:free_port(),
     fails(dials_at(Config, Port), b, Port, "refuses connections").
+
+%% Dialling goes on until the setup time is over; every try has a socket of its own.
+refused_again_and_again_costs_one_descriptor(Config) ->
+    A = dials_at(Config, meshx_ct_agent:free_port()),
+    Other = meshx_ct:node_name(b),
+    {Before, Most} = meshx_ct:call(A, fun() ->
+        Before = descriptors(),
+        {Dial, Monitor} = spawn_monitor(fun() -> false = net_kernel:connect_node(Other) end),
+        {Before, most_descriptors(Dial, Monitor, 0)}
+    end),
+    %% Its own, one that is just being closed, and that of the directory that is read.
+    ?assert(Most =< Before + 3).
+
+most_descriptors(Dial, Monitor, Most) ->
+    receive
+        {'DOWN', Monitor, process, Dial, normal} -> Most
+    after 1 -> most_descriptors(Dial, Monitor, max(Most, descriptors()))
+    end.
+
+descriptors() ->
+    {ok, Names} = file:list_dir("/proc/self/fd"),
+    length(Names).
 
 %% As many connections as fit wait to be accepted: the next one is not answered, as by a firewall.
 does_not_accept(Config) ->
