@@ -29,6 +29,9 @@
 -define(DIAL_PAUSE, 5).
 -define(DIAL_PAUSE_MAX, 200).
 
+%% What the last of them has at least, ms: one refused at once must not look like one not answered.
+-define(LAST_TRY, 100).
+
 %% How long a stranger may take to send its first packet, ms (dist_util's own setup time).
 -define(FIRST_PACKET_TIME, 7000).
 
@@ -173,7 +176,7 @@ connected({wait, Link}, Deadline) ->
                     meshx_node_nif:close(Link),
                     Error
             end
-    after time_left(Deadline) ->
+    after max(?LAST_TRY, time_left(Deadline)) ->
         meshx_node_nif:close(Link),
         {error, etimedout}
     end;
