@@ -289,6 +289,7 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     }
     frames.count = 0;
     frames.bytes = 0;
+    frames.need = 0;
     frames.too_large = false;
     enif_mutex_lock(socket->read);
     frames.max = socket->header == FRAME_HANDSHAKE ? 1 : FRAMES_PER_READ;
