@@ -468,16 +468,24 @@ drain(Handle, Link, Urgency) ->
 %% are suspended once more: for seconds, if they are unlucky. So while much is sent, and a while
 %% after, we run before the senders, and take what the first of them has queued before the next
 %% one runs. Otherwise we run like all others: by then several messages have come together.
-urgency(Bytes, Urgency) when Bytes >= ?MUCH ->
-    Urgency =:= 0 andalso process_flag(priority, high),
+urgency(Bytes, _Urgency) when Bytes >= ?MUCH ->
+    give_way(),
     ?URGENT_WRITES;
+urgency(_, 0) ->
+    0;
 urgency(_, 1) ->
     process_flag(priority, normal),
     0;
-urgency(_, 0) ->
-    0;
 urgency(_, Urgency) ->
+    give_way(),
     Urgency - 1.
+
+%% Whoever waits for this scheduler has a turn after each write: a process of high priority that
+%% never waits would keep it from them for ever, our own input among them, and with it the ticks.
+give_way() ->
+    process_flag(priority, normal),
+    erlang:yield(),
+    process_flag(priority, high).
 
 gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
     {lists:reverse(Frames), Bytes};
