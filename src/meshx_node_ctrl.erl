@@ -1,8 +1,8 @@
 %% The distribution controller: one process that owns a link from its birth to its end.
 %%
 %% In the handshake it serves the connection process (dist_util), one packet at a time. Then it
-%% becomes the emulator's output process and starts the input process beside it. All three are
-%% linked, so that the end of one ends the link; the socket is closed with its owner, us.
+%% becomes the emulator's output process: see meshx_node_traffic. The socket is closed with its
+%% owner, us.
 %%
 %% Dialling again: a sidecar accepts before it reaches the other side, so a connection says
 %% nothing until a byte has come back. As long as none has, a connection that is closed is
@@ -12,18 +12,9 @@
 -export([dial/2, adopt/2, send/2, recv/3, handshaken/1, peer/1, link_up/3]).
 
 %% Spawned.
--export([init_dialled/3, init_accepted/2, input/3]).
+-export([init_dialled/3, init_accepted/2]).
 
 -include_lib("kernel/include/logger.hrl").
-
-%% Output: bytes and frames gathered for one write: twice what the emulator queues by default
-%% before it suspends senders (+zdbbl).
--define(GATHER_BYTES, 2097152).
--define(GATHER_FRAMES, 500).
-%% Bytes gathered that tell of a stream of large messages.
--define(MUCH, 393216).
-%% Writes after the last of them for which the stream counts as going on.
--define(URGENT_WRITES, 64).
 
 %% Pause before dialling again, ms: doubles from the first to the second.
 -define(DIAL_PAUSE, 5).
@@ -285,7 +276,7 @@ handshake(#handshake{link = Link} = S) ->
         {Ref, From, {link_up, Node, Handle}} ->
             From ! {Ref, Link},
             meshx_node_mesh:link_up(Node, self(), Link),
-            run(Handle, Link, S#handshake.supervisor);
+            meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->
             %% Of a link that was given up, or a wait that timed out.
             handshake(S)
@@ -397,155 +388,7 @@ time_left(Deadline) -> max(0, Deadline - erlang:monotonic_time(millisecond)).
 
 write_packet(Link, Packet) ->
     Binary = iolist_to_binary(Packet),
-    written(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])).
-
-%% Follows a write to its end.
-written(_Link, ok) ->
-    ok;
-written(Link, more) ->
-    written(Link, meshx_node_nif:flush(Link));
-written(Link, wait) ->
-    receive
-        {select, Link, _, ready_output} -> ok
-    end,
-    written(Link, meshx_node_nif:flush(Link));
-written(_Link, {error, _} = Error) ->
-    Error.
+    meshx_node_traffic:written(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])).
 
 text(Format, Arguments) ->
     unicode:characters_to_binary(io_lib:format(Format, Arguments)).
-
-%% ---- running: output ----
-
-run(Handle, Link, Supervisor) ->
-    Input = spawn_opt(
-        ?MODULE, input, [Handle, Link, Supervisor], [link | ?SPAWN_OPTIONS]
-    ),
-    ok = erlang:dist_ctrl_input_handler(Handle, Input),
-    _ = erlang:dist_ctrl_set_opt(Handle, get_size, true),
-    Input ! {self(), start},
-    process_flag(priority, normal),
-    erlang:dist_ctrl_get_data_notification(Handle),
-    output(Handle, Link, 0).
-
--spec output(erlang:dist_handle(), meshx_node_nif:socket(), non_neg_integer()) -> no_return().
-output(Handle, Link, Urgency) ->
-    receive
-        dist_data ->
-            try drain(Handle, Link, Urgency) of
-                NextUrgency -> output(Handle, Link, NextUrgency)
-            catch
-                error:badarg -> death_row(connection_closed)
-            end;
-        {select, Link, _, ready_output} ->
-            %% The rest of a tick.
-            write(Link, meshx_node_nif:flush(Link)),
-            output(Handle, Link, Urgency);
-        {send, From, Ref, Data} ->
-            %% A back door that OTP's distribution test suites use on carriers like this one.
-            Binary = iolist_to_binary(Data),
-            write(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])),
-            From ! {Ref, ok},
-            output(Handle, Link, Urgency);
-        _ ->
-            output(Handle, Link, Urgency)
-    end.
-
-%% Writes all that the emulator has for this link, then asks to be told of more. While the
-%% socket is full nothing is taken from the emulator, which then suspends the senders.
-drain(Handle, Link, Urgency) ->
-    case gather(Handle, 0, 0, []) of
-        {[], _} ->
-            erlang:dist_ctrl_get_data_notification(Handle),
-            Urgency;
-        {Frames, Bytes} ->
-            write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link, urgency(Bytes, Urgency))
-    end.
-
-%% When its queue is full the emulator suspends all senders, and resumes all when the queue is
-%% half empty. The first to run, usually one with much to send, fills it again, and the others
-%% are suspended once more: for seconds, if they are unlucky. So while much is sent, and a while
-%% after, we run before the senders, and take what the first of them has queued before the next
-%% one runs. Otherwise we run like all others: by then several messages have come together.
-urgency(Bytes, _Urgency) when Bytes >= ?MUCH ->
-    give_way(),
-    ?URGENT_WRITES;
-urgency(_, 0) ->
-    0;
-urgency(_, 1) ->
-    process_flag(priority, normal),
-    0;
-urgency(_, Urgency) ->
-    give_way(),
-    Urgency - 1.
-
-%% Whoever waits for this scheduler has a turn after each write: a process of high priority that
-%% never waits would keep it from them for ever, our own input among them, and with it the ticks.
-give_way() ->
-    process_flag(priority, normal),
-    erlang:yield(),
-    process_flag(priority, high).
-
-gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
-    {lists:reverse(Frames), Bytes};
-gather(Handle, Bytes, Count, Frames) ->
-    case erlang:dist_ctrl_get_data(Handle) of
-        none -> {lists:reverse(Frames), Bytes};
-        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
-    end.
-
-write(Link, Result) ->
-    case written(Link, Result) of
-        ok -> ok;
-        {error, Reason} -> death_row(end_reason(Reason))
-    end.
-
-%% ---- running: input ----
-
--spec input(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
-input(Handle, Link, Supervisor) ->
-    link(Supervisor),
-    %% Nothing may be put before we are registered as the input process.
-    receive
-        {_Controller, start} -> input_loop(Handle, Link)
-    end.
-
-input_loop(Handle, Link) ->
-    case meshx_node_nif:read(Link) of
-        {more, Frames} ->
-            put_frames(Handle, Frames),
-            %% Those who receive it come first: input that outruns them only makes their message
-            %% queues long, and memory that was never touched before is the slowest.
-            erlang:yield(),
-            input_loop(Handle, Link);
-        {wait, Frames} ->
-            put_frames(Handle, Frames),
-            receive
-                {select, Link, _, ready_input} -> ok
-            end,
-            input_loop(Handle, Link);
-        {error, Reason} ->
-            exit(end_reason(Reason))
-    end.
-
-put_frames(_Handle, []) ->
-    ok;
-put_frames(Handle, [Frame | Frames]) ->
-    try
-        erlang:dist_ctrl_put_data(Handle, Frame)
-    catch
-        error:_ -> death_row(connection_closed)
-    end,
-    put_frames(Handle, Frames).
-
-end_reason(closed) -> connection_closed;
-end_reason(Reason) -> Reason.
-
-%% Once a link goes down its operations begin to fail in all its processes. The one that failed
-%% first gives the reason; the others wait here for its exit signal so as not to overwrite it.
--spec death_row(term()) -> no_return().
-death_row(Reason) ->
-    receive
-    after 5000 -> exit(Reason)
-    end.

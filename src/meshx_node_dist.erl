@@ -1,7 +1,7 @@
 %% The distribution carrier as net_kernel calls it: `-proto_dist meshx_node'.
 %%
 %% Thin: sockets are meshx_node_options and meshx_node_nif, the node service (registration,
-%% sidecar, upstreams) is meshx_node_mesh, one link's traffic is meshx_node_ctrl. What stays
+%% sidecar, upstreams) is meshx_node_mesh, one link is meshx_node_ctrl. What stays
 %% here is the order of things: listen opens the listener, then makes it a node service; setup
 %% asks the mesh where a node is, then shakes hands.
 %%

@@ -29,7 +29,8 @@
     mesh_stop/1
 ]).
 
--export_type([socket/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0, statistics/0]).
+-export_type([socket/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0]).
+-export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
 -define(ABI_VERSION, 1).
@@ -55,6 +56,7 @@
 -type error() :: {error, closed | bad_frame | inet:posix()}.
 %% Size is the sum of the binaries' sizes.
 -type frame() :: {Size :: non_neg_integer(), [binary()]}.
+-type write_result() :: ok | more | wait | error().
 -type statistics() ::
     {
         FramesIn :: non_neg_integer(),
@@ -145,11 +147,11 @@ read(_Link) ->
 
 %% Writes frames; what does not fit is kept. `more': call flush/1; `wait': call it after
 %% {select, Link, undefined, ready_output}. The next write must come after an `ok'.
--spec write(socket(), [frame()]) -> ok | more | wait | error().
+-spec write(socket(), [frame()]) -> write_result().
 write(_Link, _Frames) ->
     not_loaded().
 
--spec flush(socket()) -> ok | more | wait | error().
+-spec flush(socket()) -> write_result().
 flush(_Link) ->
     not_loaded().
 

@@ -284,7 +284,7 @@ slow_reader_holds_the_sender_and_loses_nothing(Config) ->
 
 %% The input processes of all links of a node.
 inputs() ->
-    Input = {initial_call, {meshx_node_ctrl, input, 3}},
+    Input = {initial_call, {meshx_node_traffic, input, 3}},
     [Pid || Pid <- processes(), process_info(Pid, initial_call) =:= Input].
 
 %%% What net_kernel tells

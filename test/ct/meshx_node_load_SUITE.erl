@@ -28,6 +28,8 @@ all() ->
     [
         outgoing_bulk_leaves_another_link_its_turns,
         incoming_bulk_leaves_another_link_its_turns,
+        a_stream_does_not_outrun_its_receiver,
+        messages_nobody_receives_stop_no_others,
         ticks_are_in_time_at_full_load,
         stopped_peers_are_down_at_full_load,
         stopped_peer_holds_the_senders,
@@ -128,16 +130,10 @@ send_bulk(To, Count) ->
      || _ <- lists:seq(1, ?BULK)
     ].
 
-%% Off heap: a garbage collection of the other kind decodes all that is queued, in one go and for
-%% seconds when the link is faster than this process; meanwhile the scheduler's timers, the tick's
-%% among them, don't fire.
 sink() ->
-    process_flag(message_queue_data, off_heap),
-    drop().
-
-drop() ->
     receive
-        _ -> drop()
+        {stop, From} -> From ! {self(), stopped};
+        _ -> sink()
     end.
 
 sink(Count) ->
@@ -169,6 +165,60 @@ wait_for_count(Count, Least) ->
             timer:sleep(1),
             wait_for_count(Count, Least)
         end.
+
+%%% Pace
+
+%% What is read and not yet received is kept in the receiver's VM.
+-define(STREAM, 16384).
+-define(STREAMED, 64 * ?KIB).
+-define(UNRECEIVED, 128 * ?MIB).
+
+a_stream_does_not_outrun_its_receiver(Config) ->
+    [A, #{node := Node} = B] = two_directly(Config),
+    Meter = meshx_ct:call(B, fun() -> spawn(?MODULE, meter, [0]) end),
+    meshx_ct:call(A, fun() -> stream(spawn(Node, ?MODULE, sink, [])) end),
+    Peak = meshx_ct:call(B, fun() -> reading(Meter) end),
+    ct:log("~b MiB of binaries at most", [Peak div ?MIB]),
+    ?assert(Peak > 0),
+    ?assert(Peak < ?UNRECEIVED).
+
+messages_nobody_receives_stop_no_others(Config) ->
+    [A, #{node := Node}] = two_directly(Config),
+    meshx_ct:call(A, fun() ->
+        Shelf = spawn(Node, timer, sleep, [infinity]),
+        [Shelf ! binary:copy(<<"kept">>, 16 * ?KIB) || _ <- lists:seq(1, 512)],
+        stream(spawn(Node, ?MODULE, sink, []))
+    end).
+
+two_directly(Config) ->
+    Port = meshx_ct_agent:free_port(),
+    A = meshx_ct:start(Config, a, #{args => dials([{b, Port}])}),
+    B = start_direct(Config, b, Port, []),
+    connect(A, B),
+    [A, B].
+
+%% Returns when all has been received.
+stream(Sink) ->
+    Data = binary:copy(<<"flow">>, ?STREAMED div 4),
+    [Sink ! {data, Data} || _ <- lists:seq(1, ?STREAM)],
+    Sink ! {stop, self()},
+    receive
+        {Sink, stopped} -> ok
+    end.
+
+%% The most that binaries have had.
+meter(Peak) ->
+    process_flag(priority, max),
+    receive
+        {read, From} -> From ! {self(), Peak}
+    after 1 -> meter(max(Peak, erlang:memory(binary)))
+    end.
+
+reading(Meter) ->
+    Meter ! {read, self()},
+    receive
+        {Meter, Peak} -> Peak
+    end.
 
 %%% Ticks
 

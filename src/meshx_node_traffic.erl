@@ -1,0 +1,247 @@
+%% Traffic of a link that is up: its output process, which the controller has become, and its input
+%% process. They and the connection process are linked, so that the end of one ends the link.
+%%
+%% Output takes messages from the emulator only while the socket has room: the emulator's own
+%% limit then suspends the senders. Input has nobody whom it could suspend but the peer, by not
+%% reading; it does so while those who receive fall behind.
+-module(meshx_node_traffic).
+
+-export([run/3, written/2]).
+
+%% Spawned.
+-export([input/3]).
+
+%% Output: bytes and frames gathered for one write: twice what the emulator queues by default
+%% before it suspends senders (+zdbbl).
+-define(GATHER_BYTES, 2097152).
+-define(GATHER_FRAMES, 500).
+%% Bytes gathered that tell of a stream of large messages.
+-define(MUCH, 393216).
+%% Writes after the last of them for which the stream counts as going on.
+-define(URGENT_WRITES, 64).
+%% Writes at high priority until others have a turn.
+-define(WRITES_PER_TURN, 8).
+
+%% Input: bytes of large messages, and how many of these, after which it is looked whether they
+%% have been received.
+-define(WINDOW_BYTES, 1048576).
+-define(WINDOW_MESSAGES, 4).
+%% A message of fewer bytes isn't looked at: the look would cost more than it saves.
+-define(LARGE, 4096).
+%% Pauses, of 1 ms, before input goes on though they haven't: they may never be.
+-define(PAUSES, 4).
+
+%% First bytes of the frames that carry a message in fragments (erl_dist_protocol, "Distribution
+%% header for fragmented messages"); the last fragment has number 1.
+-define(VERSION, 131).
+-define(FIRST_FRAGMENT, 69).
+-define(FRAGMENT, 70).
+
+%% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
+-define(SPAWN_OPTIONS, [link, {message_queue_data, off_heap}, {fullsweep_after, 0}]).
+
+%% How urgent output is: writes left for which the stream counts as going on, and for how many
+%% of them we may keep the scheduler.
+-type urgency() :: normal | {pos_integer(), non_neg_integer()}.
+
+%% Large messages given to the emulator since the last look: a frame of each, and the bytes of all.
+-type window() :: {[binary()], Count :: non_neg_integer(), Bytes :: non_neg_integer()}.
+
+%% The calling process, owner of the link, becomes its output process.
+-spec run(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
+run(Handle, Link, Supervisor) ->
+    Input = spawn_opt(?MODULE, input, [Handle, Link, Supervisor], ?SPAWN_OPTIONS),
+    ok = erlang:dist_ctrl_input_handler(Handle, Input),
+    _ = erlang:dist_ctrl_set_opt(Handle, get_size, true),
+    Input ! {self(), start},
+    process_flag(priority, normal),
+    erlang:dist_ctrl_get_data_notification(Handle),
+    output(Handle, Link, normal).
+
+%% Follows a write to its end.
+-spec written(meshx_node_nif:socket(), meshx_node_nif:write_result()) -> ok | {error, term()}.
+written(_Link, ok) ->
+    ok;
+written(Link, more) ->
+    written(Link, meshx_node_nif:flush(Link));
+written(Link, wait) ->
+    receive
+        {select, Link, _, ready_output} -> ok
+    end,
+    written(Link, meshx_node_nif:flush(Link));
+written(_Link, {error, _} = Error) ->
+    Error.
+
+%% ---- output ----
+
+-spec output(erlang:dist_handle(), meshx_node_nif:socket(), urgency()) -> no_return().
+output(Handle, Link, Urgency) ->
+    receive
+        dist_data ->
+            try drain(Handle, Link, Urgency) of
+                NextUrgency -> output(Handle, Link, NextUrgency)
+            catch
+                error:badarg -> death_row(connection_closed)
+            end;
+        {select, Link, _, ready_output} ->
+            %% The rest of a tick.
+            write(Link, meshx_node_nif:flush(Link)),
+            output(Handle, Link, Urgency);
+        {send, From, Ref, Data} ->
+            %% A back door that OTP's distribution test suites use on carriers like this one.
+            Binary = iolist_to_binary(Data),
+            write(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])),
+            From ! {Ref, ok},
+            output(Handle, Link, Urgency);
+        _ ->
+            output(Handle, Link, Urgency)
+    end.
+
+%% Writes all that the emulator has for this link, then asks to be told of more. While the
+%% socket is full nothing is taken from the emulator, which then suspends the senders.
+drain(Handle, Link, Urgency) ->
+    case gather(Handle, 0, 0, []) of
+        {[], _} ->
+            erlang:dist_ctrl_get_data_notification(Handle),
+            Urgency;
+        {Frames, Bytes} ->
+            write(Link, meshx_node_nif:write(Link, Frames)),
+            drain(Handle, Link, urgency(Bytes, Urgency))
+    end.
+
+gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
+    {lists:reverse(Frames), Bytes};
+gather(Handle, Bytes, Count, Frames) ->
+    case erlang:dist_ctrl_get_data(Handle) of
+        none -> {lists:reverse(Frames), Bytes};
+        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
+    end.
+
+write(Link, Result) ->
+    case written(Link, Result) of
+        ok -> ok;
+        {error, Reason} -> death_row(end_reason(Reason))
+    end.
+
+%% When its queue is full the emulator suspends all senders, and resumes all when the queue is
+%% half empty. The first to run, usually one with much to send, fills it again, and the others
+%% are suspended once more: for seconds, if they are unlucky. So while much is sent, and a while
+%% after, we run before the senders, and take what the first of them has queued before the next
+%% one runs. Otherwise we run like all others: by then several messages have come together.
+-spec urgency(non_neg_integer(), urgency()) -> urgency().
+urgency(Bytes, normal) when Bytes >= ?MUCH ->
+    process_flag(priority, high),
+    {?URGENT_WRITES, ?WRITES_PER_TURN};
+urgency(_, normal) ->
+    normal;
+urgency(Bytes, {_, Turn}) when Bytes >= ?MUCH ->
+    {?URGENT_WRITES, turn(Turn)};
+urgency(_, {1, _}) ->
+    process_flag(priority, normal),
+    normal;
+urgency(_, {Writes, Turn}) ->
+    {Writes - 1, turn(Turn)}.
+
+%% A process of high priority that never waits would keep its scheduler's others from running for
+%% ever, our own input among them, and with it the ticks.
+turn(0) ->
+    process_flag(priority, normal),
+    erlang:yield(),
+    process_flag(priority, high),
+    ?WRITES_PER_TURN;
+turn(Turn) ->
+    Turn - 1.
+
+%% ---- input ----
+
+-spec input(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
+input(Handle, Link, Supervisor) ->
+    link(Supervisor),
+    %% Nothing may be put before we are registered as the input process.
+    receive
+        {_Controller, start} -> input_loop(Handle, Link, {[], 0, 0})
+    end.
+
+-spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), window()) -> no_return().
+input_loop(Handle, Link, Window) ->
+    case meshx_node_nif:read(Link) of
+        {more, Frames} ->
+            put_frames(Handle, Frames),
+            %% Those who receive it come first.
+            erlang:yield(),
+            input_loop(Handle, Link, keep_pace(Frames, Window));
+        {wait, Frames} ->
+            put_frames(Handle, Frames),
+            receive
+                {select, Link, _, ready_input} -> ok
+            end,
+            input_loop(Handle, Link, {[], 0, 0});
+        {error, Reason} ->
+            exit(end_reason(Reason))
+    end.
+
+put_frames(_Handle, []) ->
+    ok;
+put_frames(Handle, [Frame | Frames]) ->
+    try
+        erlang:dist_ctrl_put_data(Handle, Frame)
+    catch
+        error:_ -> death_row(connection_closed)
+    end,
+    put_frames(Handle, Frames).
+
+%% Input that outruns the receivers makes their message queues long, and a long queue of large
+%% messages is not only memory: a receiver's garbage collection decodes all of it (unless its
+%% message_queue_data is off_heap), so that from some length on, a few MiB, it gets ever slower.
+-spec keep_pace([binary()], window()) -> window().
+keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
+    case Frame of
+        %% Held by the emulator until the message is whole. The last one may be too small to be
+        %% looked at: the last but one stands for the message, too.
+        <<?VERSION, Type, _Sequence:64, Number:64, _/binary>> when
+            (Type =:= ?FIRST_FRAGMENT orelse Type =:= ?FRAGMENT), Number > 2
+        ->
+            keep_pace(Frames, {Messages, Count, Bytes + byte_size(Frame)});
+        _ ->
+            keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)})
+    end;
+keep_pace([_Small | Frames], Window) ->
+    keep_pace(Frames, Window);
+keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES ->
+    await_receivers(Messages, Count, ?PAUSES),
+    {[], 0, 0};
+keep_pace([], Window) ->
+    Window.
+
+%% Waits until half of Messages have been received.
+await_receivers(Messages, Count, Pauses) ->
+    case Pauses > 0 andalso 2 * held(Messages) > Count of
+        true ->
+            receive
+            after 1 -> await_receivers(Messages, Count, Pauses - 1)
+            end;
+        false ->
+            ok
+    end.
+
+%% How many of Messages the emulator still has: it copies out of them what it gives to a receiver.
+%% An emulator that doesn't tell it in this form has none, for us.
+held(Messages) ->
+    %% Only Messages are on our heap then.
+    erlang:garbage_collect(),
+    {binary, Binaries} = process_info(self(), binary),
+    Held = length([Id || {Id, _Size, References} <- Binaries, References > 1]),
+    min(Held, length(Messages)).
+
+%% ---- the end ----
+
+end_reason(closed) -> connection_closed;
+end_reason(Reason) -> Reason.
+
+%% Once a link goes down its operations begin to fail in all its processes. The one that failed
+%% first gives the reason; the others wait here for its exit signal so as not to overwrite it.
+-spec death_row(term()) -> no_return().
+death_row(Reason) ->
+    receive
+    after 5000 -> exit(Reason)
+    end.
