@@ -171,7 +171,7 @@ wait_for_count(Count, Least) ->
 %% What is read and not yet received is kept in the receiver's VM.
 -define(STREAM, 16384).
 -define(STREAMED, 64 * ?KIB).
--define(UNRECEIVED, 128 * ?MIB).
+-define(UNRECEIVED, 32 * ?MIB).
 
 a_stream_does_not_outrun_its_receiver(Config) ->
     [A, #{node := Node} = B] = two_directly(Config),
