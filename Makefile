@@ -144,6 +144,7 @@ demo: deps consul ## build, start an agent and two nodes, and show what they can
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/demo/run
 bench: deps consul ## measure it beside OTP's own carriers (test/bench/run says how to choose what)
+	@.ci/deps iproute2
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/bench/run
 bench-chart: ## draw test/bench/throughput.svg, which the README shows, from the last make bench

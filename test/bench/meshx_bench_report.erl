@@ -94,7 +94,9 @@ median(Numbers) ->
 -spec write(string(), module(), [meshx_bench:carrier()], meshx_bench:values()) -> file:filename().
 write(Group, Module, Carriers, Values) ->
     File = filename:join([meshx_ct:root(), "_build/bench", Group ++ ".jsonl"]),
+    {ok, Congestion} = file:read_file("/proc/sys/net/ipv4/tcp_congestion_control"),
     Run = #{
+        congestion_control => string:trim(Congestion),
         time => list_to_binary(calendar:system_time_to_rfc3339(erlang:system_time(second), [{offset, "Z"}])),
         commit => list_to_binary(os:getenv("MESHX_COMMIT", "")),
         otp => list_to_binary(erlang:system_info(otp_release)),
