@@ -8,7 +8,7 @@
 #include "meshx_node.h"
 
 static size_t largest(enum frame_header header) {
-    return header == FRAME_HANDSHAKE ? (size_t)UINT16_MAX : FRAME_MAX_SIZE;
+    return header == FRAME_HANDSHAKE ? FRAME_HANDSHAKE_MAX_SIZE : FRAME_MAX_SIZE;
 }
 
 enum frame_status frame_next(enum frame_header header, const uint8_t *bytes,

@@ -17,14 +17,16 @@ enum frame_header {
 }; /* header size in bytes */
 
 /* Longest frame accepted after the handshake. The emulator sends fragments of 64 KiB;
- * only a message with a huge control part makes a larger frame. In the handshake 2 bytes
- * limit it. */
+ * only a message with a huge control part makes a larger frame. */
 #define FRAME_MAX_SIZE ((size_t)128 * 1024 * 1024)
+/* Longest packet of the handshake: none has more than a node name of 255 bytes and some
+ * 30 bytes beside it. Whoever sends it is still a stranger. */
+#define FRAME_HANDSHAKE_MAX_SIZE ((size_t)4 * 1024)
 
 enum frame_status {
     FRAME_COMPLETE,
     FRAME_PARTIAL,   /* |*need| bytes in all are needed before asking again */
-    FRAME_TOO_LARGE, /* |*size| is over FRAME_MAX_SIZE */
+    FRAME_TOO_LARGE, /* |*size| is over the maximum */
 };
 
 /*

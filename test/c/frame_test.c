@@ -122,9 +122,9 @@ static void limits(void **state) {
     size_t size = 0;
     size_t need = 0;
 
-    assert_true(frame_put_header(FRAME_HANDSHAKE, 65535, bytes));
+    assert_true(frame_put_header(FRAME_HANDSHAKE, FRAME_HANDSHAKE_MAX_SIZE, bytes));
     assert_int_equal(next_of(FRAME_HANDSHAKE, bytes, 2, &size, &need), FRAME_PARTIAL);
-    assert_int_equal(need, 65537);
+    assert_int_equal(need, FRAME_HANDSHAKE_MAX_SIZE + 2);
 
     assert_true(frame_put_header(FRAME_DISTRIBUTION, FRAME_MAX_SIZE, bytes));
     assert_int_equal(next_of(FRAME_DISTRIBUTION, bytes, 4, &size, &need), FRAME_PARTIAL);
@@ -132,6 +132,7 @@ static void limits(void **state) {
 
     /* A refused header writes nothing. */
     memset(bytes, 0x55, sizeof bytes);
+    assert_false(frame_put_header(FRAME_HANDSHAKE, FRAME_HANDSHAKE_MAX_SIZE + 1, bytes));
     assert_false(frame_put_header(FRAME_HANDSHAKE, 65536, bytes));
     assert_false(frame_put_header(FRAME_DISTRIBUTION, FRAME_MAX_SIZE + 1, bytes));
     assert_false(frame_put_header(FRAME_DISTRIBUTION, SIZE_MAX, bytes));
@@ -146,6 +147,10 @@ static void limits(void **state) {
         next_of(FRAME_DISTRIBUTION, (const uint8_t *)"\xff\xff\xff\xff", 4, &size, &need),
         FRAME_TOO_LARGE);
     assert_int_equal(size, UINT32_MAX);
+    assert_int_equal(
+        next_of(FRAME_HANDSHAKE, (const uint8_t *)"\x10\x01", 2, &size, &need),
+        FRAME_TOO_LARGE);
+    assert_int_equal(size, FRAME_HANDSHAKE_MAX_SIZE + 1);
     assert_int_equal(
         next_of(FRAME_DISTRIBUTION, (const uint8_t *)"\xff\xff\xff", 3, &size, &need),
         FRAME_PARTIAL);
