@@ -36,6 +36,7 @@
     upstream_ports := ports(),
     %% Read by the Erlang side only.
     upstreams := meshx_node_type:upstreams(),
+    allowed_uids := meshx_node_type:uids(),
     sidecar_stdout := level(),
     sidecar_stderr := level(),
     sidecar_restart_min := milliseconds(),
@@ -114,6 +115,10 @@ keys() ->
             "Nodes that are dialed at a static address, because something else decides how they are "
             "reached: the agent isn't asked, nothing is registered for them. All other nodes are "
             "dialed through the own sidecar."},
+        {allowed_uids, uids, [], "1337",
+            "Users of the operating system, besides the node's own, whose processes may connect to the "
+            "node's listener: the sidecar's, if it runs as another one. any: no check; connections from "
+            "elsewhere, a container with a network of its own too, have no user here and need it."},
         {sidecar_stdout, level, notice, "debug",
             "Level at which lines of the sidecar's stdout are logged."},
         {sidecar_stderr, level, warning, "off", "The same for stderr."},

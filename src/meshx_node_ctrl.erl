@@ -36,6 +36,8 @@
 -record(handshake, {
     link :: meshx_node_nif:socket(),
     supervisor :: pid(),
+    %% undefined: we have dialled
+    acceptor :: pid() | undefined,
     %% undefined: we were dialled
     node :: node() | undefined,
     %% where we have dialled it
@@ -63,16 +65,16 @@ dial(Node, Deadline) ->
         {Controller, Result} -> Result
     end.
 
-%% Takes over an accepted link, owned by the caller. When its first packet has come, net_kernel
-%% is told; until then nobody is.
--spec adopt(pid(), meshx_node_nif:socket()) -> ok.
+%% Takes over an accepted link, owned by the caller, the acceptor, which then monitors the
+%% controller. When its first packet has come, net_kernel is told; until then nobody is.
+-spec adopt(pid(), meshx_node_nif:socket()) -> {pid(), reference()}.
 adopt(Kernel, Link) ->
-    Controller = spawn_opt(
-        ?MODULE, init_accepted, [Kernel, Link], [{priority, max} | ?SPAWN_OPTIONS]
+    {Controller, Monitor} = spawn_opt(
+        ?MODULE, init_accepted, [Kernel, Link], [monitor | ?SPAWN_OPTIONS]
     ),
     _ = meshx_node_nif:controlling_process(Link, Controller),
     Controller ! {self(), yours},
-    ok.
+    {Controller, Monitor}.
 
 -spec send(pid(), iodata()) -> ok | {error, term()}.
 send(Controller, Packet) ->
@@ -203,25 +205,29 @@ next_pause(Pause) ->
 
 %% A connection counts when its first packet has come: proxies dial us before they have
 %% authenticated anyone, and health checks dial and leave. dist_util crashes on a packet that
-%% isn't built like this, the first one of every handshake since OTP 25.
+%% isn't built like this, the first one of every handshake since OTP 25. Until here it is
+%% anyone's, and has no priority.
 -spec init_accepted(pid(), meshx_node_nif:socket()) -> no_return() | ok.
 init_accepted(Kernel, Link) ->
-    receive
-        {_Acceptor, yours} -> ok
-    after ?FIRST_PACKET_TIME -> exit(normal)
-    end,
+    Acceptor =
+        receive
+            {From, yours} -> From
+        after ?FIRST_PACKET_TIME -> exit(normal)
+        end,
     case read_packet(Link, ?FIRST_PACKET_TIME) of
-        {ok, <<$N, _Flags:64, _Creation:32, Size:16, _Name:Size/binary, _/binary>> = First} when
+        {ok, <<$N, Flags:64, _Creation:32, Size:16, Name:Size/binary, _/binary>> = First} when
             Size =< ?NAME_SIZE_MAX
         ->
-            accepted(Kernel, Link, First);
-        {ok, _} ->
-            stranger(Link);
-        {error, _} ->
-            ok
+            meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
+            process_flag(priority, max),
+            accepted(Kernel, Link, Acceptor, First);
+        {error, Reason} when Reason =/= bad_frame ->
+            ok;
+        _ ->
+            exit({no_handshake, peer_of(Link)})
     end.
 
-accepted(Kernel, Link, First) ->
+accepted(Kernel, Link, Acceptor, First) ->
     {ok, {Ip, _}} = meshx_node_nif:address(Link, local),
     Family =
         case tuple_size(Ip) of
@@ -235,22 +241,12 @@ accepted(Kernel, Link, First) ->
             demonitor(KernelMonitor, [flush]),
             link(Supervisor),
             Supervisor ! {self(), controller},
-            handshake(#handshake{link = Link, supervisor = Supervisor, first = First});
+            handshake(#handshake{
+                link = Link, supervisor = Supervisor, acceptor = Acceptor, first = First
+            });
         {Kernel, unsupported_protocol} ->
             exit(unsupported_protocol);
         {'DOWN', KernelMonitor, process, Kernel, _} ->
-            ok
-    end.
-
-stranger(Link) ->
-    case meshx_node_nif:address(Link, peer) of
-        {ok, {Ip, Port}} ->
-            ?LOG_WARNING(
-                "meshx_node: ~ts:~b sent something that is no Erlang distribution handshake, "
-                "connection dropped",
-                [inet:ntoa(Ip), Port]
-            );
-        {error, _} ->
             ok
     end.
 
@@ -275,6 +271,8 @@ handshake(#handshake{link = Link} = S) ->
             handshake(S);
         {Ref, From, {link_up, Node, Handle}} ->
             From ! {Ref, Link},
+            S#handshake.acceptor =:= undefined orelse
+                meshx_node_acceptor:linked(S#handshake.acceptor),
             meshx_node_mesh:link_up(Node, self(), Link),
             meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->

@@ -1,9 +1,9 @@
 %% The distribution carrier as net_kernel calls it: `-proto_dist meshx_node'.
 %%
 %% Thin: sockets are meshx_node_options and meshx_node_nif, the node service (registration,
-%% sidecar, upstreams) is meshx_node_mesh, one link is meshx_node_ctrl. What stays
-%% here is the order of things: listen opens the listener, then makes it a node service; setup
-%% asks the mesh where a node is, then shakes hands.
+%% sidecar, upstreams) is meshx_node_mesh, who may connect is meshx_node_acceptor, one link is
+%% meshx_node_ctrl. What stays here is the order of things: listen opens the listener, then makes
+%% it a node service; setup asks the mesh where a node is, then shakes hands.
 %%
 %% Processes of a link, all linked: the connection process (dist_util's handshake, then ticks),
 %% its controller (output) and the input process.
@@ -25,15 +25,12 @@
 ]).
 
 %% Spawned.
--export([accept_loop/2, do_accept/5, do_setup/6]).
+-export([do_accept/5, do_setup/6]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist.hrl").
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/logger.hrl").
-
-%% How long the acceptor rests when the system has no descriptor or memory left, ms.
--define(ACCEPT_REST, 100).
 
 %% Children of net_sup: there before net_kernel, at boot too, and stopped after it.
 -spec childspecs() -> {ok, [supervisor:child_spec()]}.
@@ -134,43 +131,29 @@ close(Listener) ->
 
 -spec accept(meshx_node_nif:socket()) -> pid().
 accept(Listener) ->
-    spawn_opt(?MODULE, accept_loop, [self(), Listener], [link, {priority, max}]).
-
-%% Never waits for a connection it has accepted: its controller does.
--spec accept_loop(pid(), meshx_node_nif:socket()) -> no_return().
-accept_loop(Kernel, Listener) ->
-    case meshx_node_nif:accept(Listener, meshx_node_options:accepted()) of
-        {ok, Link} ->
-            erase(accept_error),
-            meshx_node_ctrl:adopt(Kernel, Link),
-            accept_loop(Kernel, Listener);
-        wait ->
-            receive
-                {select, Listener, _, ready_input} -> accept_loop(Kernel, Listener)
-            end;
-        {error, closed} ->
-            exit(closed);
-        {error, Reason} ->
-            put(accept_error, Reason) =:= Reason orelse
-                ?LOG_ERROR("meshx_node: can't accept a connection: ~ts", [
-                    inet:format_error(Reason)
-                ]),
-            timer:sleep(?ACCEPT_REST),
-            accept_loop(Kernel, Listener)
-    end.
+    meshx_node_acceptor:start(Listener).
 
 %% Controller has read the first packet of the connection and told net_kernel.
 -spec accept_connection(pid(), pid(), node(), [node()], non_neg_integer()) -> pid().
 accept_connection(_AcceptPid, Controller, MyNode, Allowed, SetupTime) ->
-    spawn_opt(
-        ?MODULE,
-        do_accept,
-        [self(), Controller, MyNode, Allowed, SetupTime],
-        dist_util:net_ticker_spawn_options()
-    ).
+    try
+        spawn_opt(
+            ?MODULE,
+            do_accept,
+            [self(), Controller, MyNode, Allowed, SetupTime],
+            dist_util:net_ticker_spawn_options()
+        )
+    catch
+        error:system_limit ->
+            %% Else net_kernel would end, and all links with it.
+            exit(Controller, kill),
+            Controller
+    end.
 
 -spec do_accept(pid(), pid(), node(), [node()], non_neg_integer()) -> no_return().
 do_accept(Kernel, Controller, MyNode, Allowed, SetupTime) ->
+    %% The acceptor may have dropped it: it does the same, but only when it knows us.
+    link(Controller),
     receive
         {Controller, controller} ->
             Timer = dist_util:start_timer(SetupTime),

@@ -8,6 +8,7 @@
 -behaviour(gen_server).
 
 -export([start_link/0, start_service/3, drain/0, upstream/2, link_up/3, info/0, service_name/1]).
+-export([allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([upstream/0]).
 
@@ -93,6 +94,14 @@ info() ->
 service_name(Node) when is_atom(Node) ->
     call({service_name, Node}).
 
+%% The users beside our own whose processes may connect to the listener.
+-spec allowed_uids() -> meshx_node_type:uids().
+allowed_uids() ->
+    case call(allowed_uids) of
+        {error, _} -> [];
+        Uids -> Uids
+    end.
+
 call(Request) ->
     try
         gen_server:call(?MODULE, Request, infinity)
@@ -139,6 +148,8 @@ handle_call({upstream, Node, Mode}, From, #state{config = #{upstreams := Static}
     end;
 handle_call(info, From, S) ->
     request(From, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
+handle_call(allowed_uids, _From, #state{config = #{allowed_uids := Uids}} = S) ->
+    {reply, Uids, S};
 handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
     try
         {reply, {ok, meshx_node_config:service_name(Node, Config)}, S}
@@ -215,7 +226,16 @@ open(Node, Ip, Port) ->
             case meshx_node_nif:mesh_open(Full, Tag) of
                 {ok, Mesh} ->
                     Kept = maps:with(
-                        [node, naming, ttl, sidecar_stdout, sidecar_stderr, upstreams], Full
+                        [
+                            node,
+                            naming,
+                            ttl,
+                            sidecar_stdout,
+                            sidecar_stderr,
+                            upstreams,
+                            allowed_uids
+                        ],
+                        Full
                     ),
                     renew_later(#state{tag = Tag, config = Kept}),
                     {ok, Mesh, Tag, Kept};

@@ -12,6 +12,7 @@
     connected/1,
     controlling_process/2,
     address/2,
+    peer_uid/1,
     close/1,
     setopt/3,
     getopt/2,
@@ -33,7 +34,7 @@
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
--define(ABI_VERSION, 1).
+-define(ABI_VERSION, 2).
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().
@@ -119,6 +120,12 @@ controlling_process(_Socket, _Pid) ->
 -spec address(socket(), local | peer) ->
     {ok, {inet:ip_address(), inet:port_number()}} | error().
 address(_Socket, _Which) ->
+    not_loaded().
+
+%% The user of the operating system whose process has the other end; `own': the VM's effective
+%% one. enoent: no process of this host has it, since it is closed or elsewhere.
+-spec peer_uid(socket()) -> {ok, own | non_neg_integer()} | error().
+peer_uid(_Link) ->
     not_loaded().
 
 %% Closes at once; what the kernel has not taken is lost. Idempotent.

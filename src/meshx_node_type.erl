@@ -7,7 +7,7 @@
 -module(meshx_node_type).
 
 -export([describe/1, check/2, may_hold_secret/1]).
--export_type([type/0, upstreams/0]).
+-export_type([type/0, upstreams/0, uids/0]).
 
 -type type() ::
     {consul, text | address | secret | boolean}
@@ -20,9 +20,14 @@
     | template
     | command
     | variables
-    | upstreams.
+    | upstreams
+    | uids.
 
 -type upstreams() :: #{node() => {inet:ip_address(), inet:port_number()}}.
+-type uids() :: any | [non_neg_integer()].
+
+%% The last one of 32 bits means "none" to the kernel.
+-define(UID_MAX, 16#FFFFFFFE).
 
 %% @doc What is allowed, for errors and the README.
 -spec describe(type()) -> unicode:chardata().
@@ -38,7 +43,9 @@ describe(template) -> "JSON object as text, \"@file\", {file,Path}, map or keywo
 describe(command) -> "none, list of strings, JSON array, or text with words split as a shell does";
 describe(variables) -> "list of {Name,Value}, map, JSON object, or text NAME=value NAME=value";
 describe(upstreams) ->
-    "list of {Node,\"ip:port\"}, map, or text node=ip:port node=[ip6]:port; addresses are numeric".
+    "list of {Node,\"ip:port\"}, map, or text node=ip:port node=[ip6]:port; addresses are numeric";
+describe(uids) ->
+    "any, a user ID, list of user IDs, or text with IDs between commas".
 
 %% @doc The value in our form; a plain `error' means that it isn't what describe/1 says.
 -spec check(type(), term()) -> {ok, term()} | error | {error, unicode:chardata()}.
@@ -107,7 +114,9 @@ check(command, Value) ->
 check(variables, Value) ->
     check_variables(Value);
 check(upstreams, Value) ->
-    check_upstreams(Value).
+    check_upstreams(Value);
+check(uids, Value) ->
+    check_uids(Value).
 
 %% @doc Whether values of a type must not be shown: an address may hold a password, a command
 %% or template a token.
@@ -340,6 +349,36 @@ ip_and_port({ok, Ip}, Digits) ->
     end;
 ip_and_port({error, einval}, _) ->
     error.
+
+check_uids(Any) when Any =:= any; Any =:= "any" ->
+    {ok, any};
+check_uids(Uid) when is_integer(Uid) ->
+    uids([Uid]);
+check_uids(List) when is_list(List), length(List) > 0 ->
+    %% "48" is [52,56] to Erlang: to let the wrong user in is worse than an error.
+    case lists:all(fun(Element) -> lists:member(Element, lists:seq($\s, $~)) end, List) of
+        true ->
+            {error,
+                "may be a list of user IDs as well as a string: write one ID as a number, several as a "
+                "binary, <<\"48,49\">>"};
+        false ->
+            uids(List)
+    end;
+check_uids([]) ->
+    {ok, []};
+check_uids(Value) ->
+    case text(Value) of
+        {ok, <<"any">>} -> {ok, any};
+        {ok, Text} -> uids(re:split(Text, "[, ]+", [trim]));
+        error -> error
+    end.
+
+uids(List) ->
+    Checked = [integer(Element) || Element <- List],
+    case [Uid || {ok, Uid} <- Checked, Uid >= 0, Uid =< ?UID_MAX] of
+        Uids when length(Uids) =:= length(List) -> {ok, lists:usort(Uids)};
+        _ -> error
+    end.
 
 integer(Integer) when is_integer(Integer) ->
     {ok, Integer};

@@ -15,10 +15,6 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-/* How long the kernel holds back a connection whose caller stays silent, in seconds. A
- * health check that never sends and never closes costs no wake-up within this time. */
-#define DEFER_ACCEPT_SECONDS 10
-
 static int last_error(void) {
     return -errno;
 }
@@ -117,7 +113,6 @@ int sock_listen(const struct sock_address *address, const struct sock_options *o
     if (result != 0) {
         goto fail;
     }
-    (void)set_option(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS);
     if (listen(fd, options->backlog) != 0) {
         result = last_error();
         goto fail;

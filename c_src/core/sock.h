@@ -28,13 +28,15 @@ struct sock_options {
     int ipv6_v6only; /* IPV6_V6ONLY */
 };
 #define SOCK_OPTIONS_DEFAULT                                                             \
-    { 1, -1, -1, -1, 1, -1, -1, 128, -1 }
+    { 1, -1, -1, -1, 1, -1, -1, 1024, -1 }
 
 /* Numeric |address| ("127.0.0.1", "::1") and |port| into |out|. 0 or -EINVAL. */
 int sock_address_parse(const char *address, uint16_t port, struct sock_address *out);
 
-/* Opens a listener. 0 and |*out|, else -errno. Wakes accept only when bytes have come
- * (TCP_DEFER_ACCEPT, best effort). */
+/* Opens a listener. 0 and |*out|, else -errno. Without TCP_DEFER_ACCEPT: the connections
+ * of those who stay silent would fill the kernel's queue, where nobody can turn them
+ * away.
+ */
 int sock_listen(const struct sock_address *address, const struct sock_options *options,
                 int *out);
 

@@ -4,6 +4,7 @@
 #include "socket.h"
 #include "link.h"
 #include "sock.h"
+#include "sock_owner.h"
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -387,6 +388,75 @@ ERL_NIF_TERM nif_address(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
                             : terms_error_errno(env, -rc);
     }
     return enif_make_tuple2(env, am_ok, make_address(env, &address));
+}
+
+/* Both ends of a connection. 0 or -errno; -EBADF: closed. */
+static int get_ends(struct socket *socket, struct sock_address *local,
+                    struct sock_address *peer) {
+    int rc = -EBADF;
+
+    enif_mutex_lock(socket->read);
+    if (socket->fd >= 0) {
+        rc = sock_local(socket->fd, local);
+        if (rc == 0) {
+            rc = sock_peer(socket->fd, peer);
+        }
+    }
+    enif_mutex_unlock(socket->read);
+    return rc;
+}
+
+static ERL_NIF_TERM make_peer_uid(ErlNifEnv *env, int rc, uid_t uid) {
+    if (rc == -EBADF) {
+        return enif_make_tuple2(env, am_error, am_closed);
+    }
+    if (rc != 0) {
+        return terms_error_errno(env, rc == -ENOTCONN ? ENOENT : -rc);
+    }
+    return enif_make_tuple2(env, am_ok,
+                            uid == geteuid() ? am_own : enif_make_uint(env, uid));
+}
+
+/* nif_peer_uid where the kernel has no better way; on a dirty scheduler. */
+static ERL_NIF_TERM scan_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct socket *socket = socket_get(env, argv[0]);
+    struct sock_address local;
+    struct sock_address peer;
+    uid_t uid = 0;
+    int rc;
+
+    (void)argc;
+    if (socket == NULL) {
+        return enif_make_badarg(env);
+    }
+    rc = get_ends(socket, &local, &peer);
+    if (rc == 0) {
+        rc = sock_owner_scan(&local, &peer, &uid);
+    }
+    return make_peer_uid(env, rc, uid);
+}
+
+/* peer_uid(Link) -> {ok, own | Uid} | {error, enoent | closed | Posix}
+ * own: the VM's effective user. enoent: no process of this host has the other end. */
+ERL_NIF_TERM nif_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct socket *socket = socket_get(env, argv[0]);
+    struct sock_address local;
+    struct sock_address peer;
+    uid_t uid = 0;
+    int rc;
+
+    if (socket == NULL) {
+        return enif_make_badarg(env);
+    }
+    rc = get_ends(socket, &local, &peer);
+    if (rc == 0) {
+        rc = sock_owner(&local, &peer, &uid);
+    }
+    if (rc == -EOPNOTSUPP) {
+        return enif_schedule_nif(env, "peer_uid", ERL_NIF_DIRTY_JOB_IO_BOUND,
+                                 scan_peer_uid, argc, argv);
+    }
+    return make_peer_uid(env, rc, uid);
 }
 
 /* close(Socket) -> ok */

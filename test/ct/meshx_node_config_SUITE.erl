@@ -60,6 +60,7 @@ defaults(Config) ->
             sidecar_ports := {22000, 23999},
             upstream_ports := {24000, 29999},
             upstreams := #{},
+            allowed_uids := [],
             sidecar_stdout := notice,
             sidecar_stderr := warning,
             sidecar_restart_min := 100,
@@ -77,7 +78,7 @@ defaults(Config) ->
     ?assert(is_binary(Guard)),
     ?assertEqual({absolute, <<"meshx_guard">>}, {filename:pathtype(Guard), filename:basename(Guard)}),
     %% Exactly what config() says, no more: neither the NIF nor people get raw values.
-    ?assertEqual(24, map_size(Loaded)).
+    ?assertEqual(25, map_size(Loaded)).
 
 order_of_sources(_) ->
     Flags = ["-meshx_node", "ttl", "4000", "-meshx_node", "stop_timeout", "1", "service_name", "dns"],
@@ -198,6 +199,16 @@ values_that_are_taken(_) ->
             {<<"::1">>, <<"::1">>},
             {{0, 0, 0, 0, 0, 0, 0, 1}, <<"::1">>}
         ]},
+        {allowed_uids, [
+            {[], []},
+            {any, any},
+            {"any", any},
+            {1337, [1337]},
+            {[1337, 33], [33, 1337]},
+            {[<<"1337">>, "2"], [2, 1337]},
+            {<<"1337">>, [1337]},
+            {<<"4294967294, 0">>, [0, 4294967294]}
+        ]},
         {upstreams, [
             {[], #{}},
             {#{}, #{}},
@@ -237,6 +248,9 @@ values_that_are_refused(_) ->
         {service_template, "JSON", ["{", <<"[]">>, <<"x">>, 5, {file, 5}, [1, 2], {a}, <<255>>]},
         {sidecar_command, "split as a shell", ["", <<"  ">>, [], [<<>>], [<<"a">>, 5], 5, <<"a", 0>>, "[1]"]},
         {sidecar_env, "NAME=value", ["A", <<"=x">>, [{"A=B", "x"}], [{"", "x"}], [a], 5, [{"A", {}}]]},
+        {allowed_uids, "user IDs", [
+            "1337", "envoy", [48], [33, 100], "1,2", -1, 4294967295, [1337, -1], envoy, <<"1;2">>, <<",1">>, {1}, #{}, [1 | 2]
+        ]},
         {upstreams, "{Node,\"ip:port\"}", [
             "a@b", "a@b=localhost:1", "a=127.0.0.1:1", "=127.0.0.1:1", "a@b=127.0.0.1", "a@b=127.0.0.1:0",
             "a@b=127.0.0.1:65536", "a@b=0.0.0.0:1", "a@b=[::]:1", "a@b=::1:1", "a@b=[127.0.0.1]:1", "a@b=127.1:1",
@@ -421,7 +435,7 @@ readme_has_the_table(_) ->
 
 table_has_all_keys(_) ->
     Rows = tl(tl(string:split(string:trim(unicode:characters_to_list(meshx_node_config:table())), "\n", all))),
-    ?assertEqual(32, length(Rows)),
+    ?assertEqual(33, length(Rows)),
     Cells = [string:split(string:trim(Row, both, "| "), " | ", all) || Row <- Rows],
     [?assertMatch([_, _, _, _, _, _], Row) || Row <- Cells],
     %% As sh reads the examples; all at once.

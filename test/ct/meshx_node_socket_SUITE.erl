@@ -15,6 +15,7 @@
     reads_handshake_packets_one_at_a_time/1,
     delivers_all_frames_before_the_end/1,
     refuses_a_frame_longer_than_allowed/1,
+    refuses_a_packet_longer_than_allowed/1,
     does_not_allocate_for_a_length_alone/1,
     writes_what_is_asked_in_order/1,
     writes_to_a_slow_reader_lose_nothing/1,
@@ -28,7 +29,7 @@
     closes_when_the_owner_dies/1,
     keeps_open_when_a_former_owner_dies/1,
     closes_when_handed_to_a_dead_process/1,
-    accept_waits_for_bytes/1,
+    accepts_a_connection/1,
     connect_to_nobody_is_refused/1,
     options_can_be_set_and_read/1,
     garbage_arguments_are_badarg/1
@@ -108,8 +109,20 @@ delivers_all_frames_before_the_end(Config) ->
     ?assertEqual({error, closed}, read_to_end(Link)).
 
 refuses_a_frame_longer_than_allowed(Config) ->
+    [
+        begin
+            {Link, Peer} = link_pair(Config),
+            ok = gen_tcp:send(Peer, <<2:32, "ok", Length:32, "rest">>),
+            ?assertEqual([<<"ok">>], read_frames(Link, 1)),
+            ?assertEqual({error, bad_frame}, read_to_end(Link))
+        end
+     || Length <- [16#FFFFFFFF, 16#80000000, 128 * 1024 * 1024 + 1]
+    ].
+
+refuses_a_packet_longer_than_allowed(Config) ->
     {Link, Peer} = link_pair(Config),
-    ok = gen_tcp:send(Peer, <<2:32, "ok", 16#FFFFFFFF:32, "rest">>),
+    ok = meshx_node_nif:framing(Link, handshake),
+    ok = gen_tcp:send(Peer, <<2:16, "ok", 4097:16, "rest">>),
     ?assertEqual([<<"ok">>], read_frames(Link, 1)),
     ?assertEqual({error, bad_frame}, read_to_end(Link)).
 
@@ -250,7 +263,7 @@ closes_when_handed_to_a_dead_process(Config) ->
     ?assertEqual({error, closed}, meshx_node_nif:tick(Link)),
     ?assertEqual(ok, meshx_node_nif:close(Link)).
 
-accept_waits_for_bytes(_Config) ->
+accepts_a_connection(_Config) ->
     {ok, Listener} = meshx_node_nif:listen({127, 0, 0, 1}, 0, #{}),
     {ok, {{127, 0, 0, 1}, Port}} = meshx_node_nif:address(Listener, local),
     wait = meshx_node_nif:accept(Listener, #{}),
