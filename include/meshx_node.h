@@ -129,6 +129,7 @@ struct meshx_config {
     uint32_t start_timeout;    /* from meshx_mesh_open() to READY or FAILED */
     uint32_t request_timeout;  /* of one request to the agent */
     uint32_t stop_timeout;     /* from TERM to KILL of the sidecar */
+    uint32_t upstream_keep;    /* after its node was last seen in the catalog */
     bool force_registration;   /* register even if another live node holds the name */
 };
 
@@ -234,7 +235,7 @@ enum meshx_upstream_mode {
  * Asks for the local port at which the sidecar forwards to |node|, whose service Name is
  * |service_name|. An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
  * when the node service stops first). The port of an upstream never changes while the
- * sidecar process lives. Returns MESHX_OK, or MESHX_ENOMEM or MESHX_ESTOPPED (STOPPED was
+ * sidecar process lives, once that listens there. Returns MESHX_OK, or MESHX_ENOMEM or MESHX_ESTOPPED (STOPPED was
  * sent, or the loop is stopping) and makes no event.
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,

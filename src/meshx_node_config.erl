@@ -46,6 +46,7 @@
     start_timeout := milliseconds(),
     request_timeout := milliseconds(),
     stop_timeout := milliseconds(),
+    upstream_keep := milliseconds(),
     force_registration := boolean()
 }.
 
@@ -138,6 +139,9 @@ keys() ->
             "answer, hence the minimum."},
         {stop_timeout, {milliseconds, 1, ?DAY}, 2000, "2000",
             "From TERM to KILL of the sidecar."},
+        {upstream_keep, {milliseconds, 1000, 30 * ?DAY}, 600000, "600000",
+            "How long the sidecar keeps a way to a node that has left Consul's catalog and has no "
+            "connection."},
         {force_registration, boolean, false, "true",
             "Register even if another live node holds the service ID."}
     ].

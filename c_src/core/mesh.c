@@ -40,17 +40,21 @@ static void answer_info(struct mesh *mesh, uint64_t request) {
     struct meshx_failure failure;
     const struct meshx_config *config = &mesh->config.values;
     const struct mesh_registration *registration = &mesh->registration;
-    size_t count = mesh->upstream_count;
-    struct meshx_upstream_info *upstreams = calloc(count + 1, sizeof *upstreams);
+    size_t count = 0;
+    struct meshx_upstream_info *upstreams =
+        calloc(mesh->upstream_count + 1, sizeof *upstreams);
     if (upstreams == NULL) {
         error_set(&failure, MESHX_ENOMEM, "out of memory for the answer");
         event.failure = &failure;
         mesh_emit(mesh, &event);
         return;
     }
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
         const struct mesh_upstream *upstream = &mesh->upstreams[i];
-        upstreams[i] = (struct meshx_upstream_info){
+        if (upstream->departed) {
+            continue;
+        }
+        upstreams[count++] = (struct meshx_upstream_info){
             .node = upstream->node,
             .service_name = upstream->service_name,
             .port = upstream->port,
@@ -239,6 +243,10 @@ static void on_gather(void *argument) {
     mesh_upstream_send(argument);
 }
 
+static void on_open(void *argument) {
+    mesh_upstream_look(argument);
+}
+
 static void on_finish(void *argument) {
     mesh_finish(argument);
 }
@@ -264,6 +272,9 @@ static int make_parts(struct mesh *mesh) {
     }
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_gather, mesh, &mesh->gather);
+    }
+    if (code == MESHX_OK) {
+        code = loop_timer_new(mesh->loop, on_open, mesh, &mesh->open);
     }
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_finish, mesh, &mesh->finish);
@@ -313,6 +324,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->heartbeat);
     loop_timer_free(mesh->retry);
     loop_timer_free(mesh->gather);
+    loop_timer_free(mesh->open);
     loop_timer_free(mesh->finish);
     sidecar_free(mesh->sidecar);
 

@@ -47,6 +47,7 @@ static const struct number_field {
     {FIELD(start_timeout), 1},
     {FIELD(request_timeout), 1},
     {FIELD(stop_timeout), 1},
+    {FIELD(upstream_keep), 1},
 };
 
 static const struct range_field {

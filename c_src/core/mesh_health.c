@@ -4,11 +4,12 @@
  *
  * A check is passed only while what it stands for was just seen alive. The service's is
  * passed while the VM's lease was renewed; the sidecar's, which decides whether others
- * dial us, while moreover its public port accepts a probe. Whatever happens is logged
+ * dial us, while moreover its public port answers a probe. Whatever happens is logged
  * when it changes, never again at every heartbeat, and what fails at the agent is retried
  * within a second, so that its return is noticed at once.
  */
 #include "error.h"
+#include "listener.h"
 #include "mesh_internal.h"
 #include <stdio.h>
 #include <string.h>
@@ -19,6 +20,10 @@
 #define RETRY_MAX 1000
 /* Failed probes in a row until a sidecar that runs but does not accept is restarted. */
 #define MISSES_MAX 2
+/* Probes in a row without an answer, each 2 s long, until its check fails and until it is
+ * restarted. One is nothing on a loaded machine. */
+#define SILENT_CRITICAL 2
+#define SILENT_HANGS 4
 
 /* ---- the agent ---- */
 
@@ -172,6 +177,9 @@ void mesh_heartbeat(struct mesh *mesh) {
     } else {
         mesh_probe_sidecar(mesh, 0, 0);
     }
+    if (!any_trouble(mesh)) {
+        mesh_upstream_sweep(mesh);
+    }
 }
 
 void mesh_health_begin(struct mesh *mesh) {
@@ -186,6 +194,7 @@ void mesh_health_begin(struct mesh *mesh) {
 static void on_accepts(struct mesh *mesh) {
     mesh->sidecar_accepts = true;
     mesh->sidecar_misses = 0;
+    mesh->listener_reported = false;
     if (mesh->sidecar_reported) {
         mesh->sidecar_reported = false;
         mesh_log(mesh, MESHX_LEVEL_NOTICE, "the sidecar of %s accepts at port %u",
@@ -219,15 +228,12 @@ static void replace_sidecar(struct mesh *mesh) {
     }
 }
 
-static void on_refuses(struct mesh *mesh) {
+/* Others can't reach us: says so, once, and fails the check. */
+static void mark_unreachable(struct mesh *mesh, const char *what) {
     char note[160];
-    snprintf(note, sizeof note, "the sidecar does not accept at %s port %u",
+    snprintf(note, sizeof note, "the sidecar does not %s at %s port %u", what,
              mesh->config.sidecar_probe_address, mesh->sidecar_port);
     mesh->sidecar_accepts = false;
-    mesh->sidecar_misses++;
-    if (mesh->state == MESHX_STATE_STARTING) {
-        return; /* the deadline of the start ends it */
-    }
     if (!mesh->sidecar_reported) {
         mesh->sidecar_reported = true;
         mesh_log(mesh, MESHX_LEVEL_WARNING,
@@ -238,20 +244,35 @@ static void on_refuses(struct mesh *mesh) {
     if (!mesh->draining) {
         mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, note);
     }
+}
+
+static void on_refuses(struct mesh *mesh) {
+    mesh->sidecar_misses++;
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh->sidecar_accepts = false;
+        return; /* the deadline of the start ends it */
+    }
+    mark_unreachable(mesh, "accept");
     if (mesh->sidecar_misses > MISSES_MAX && mesh->sidecar_pid != 0 &&
         mesh->registration.moving == 0) {
         replace_sidecar(mesh);
     }
 }
 
-/* Moves at once, but only once: not as fast as a sidecar can say it again. */
-static void on_shut_out(struct mesh *mesh, const char *line) {
+/* Someone else has the port. Moves at once, but not as fast as a sidecar can say it
+ * again.
+ */
+static void on_shut_out(struct mesh *mesh, const char *why) {
+    uint64_t now = loop_now();
     if (mesh->state == MESHX_STATE_STARTING) {
-        mesh_start_shut_out(mesh, line);
+        mesh_start_shut_out(mesh, why);
     } else if (mesh->state == MESHX_STATE_READY) {
         mesh->sidecar_shut_out = true;
-        mesh->sidecar_misses = mesh->moved_at_once ? mesh->sidecar_misses : MISSES_MAX;
-        mesh->moved_at_once = true;
+        if (mesh->moved_at == 0 ||
+            now - mesh->moved_at > mesh->config.values.sidecar_restart_max) {
+            mesh->moved_at = now;
+            mesh->sidecar_misses = MISSES_MAX;
+        }
         on_refuses(mesh);
     }
 }
@@ -266,6 +287,69 @@ static void on_not_made(struct mesh *mesh) {
     }
 }
 
+/* ---- a sidecar that hangs ---- */
+
+/* A sidecar dials us before it answers anyone. So if our own listener is full, that is
+ * not the sidecar's fault. */
+static void on_own_listener(enum probe_answer answer, void *argument) {
+    struct mesh *mesh = argument;
+    mesh->probe = NULL;
+    mesh->sidecar_misses = 0;
+    if (answer == PROBE_NOT_MADE) {
+        on_not_made(mesh);
+        return;
+    }
+    if (answer != PROBE_ACCEPTS) {
+        if (!mesh->listener_reported) {
+            mesh->listener_reported = true;
+            mesh_log(mesh, MESHX_LEVEL_WARNING,
+                     "the sidecar of %s does not answer, but neither does the node's own "
+                     "listener at port %u: the sidecar is let be",
+                     mesh->config.values.node, mesh->config.values.listen_port);
+        }
+        return;
+    }
+    mesh_log(mesh, MESHX_LEVEL_WARNING,
+             "the sidecar of %s hangs: it runs but does not answer at port %u; "
+             "restarting it",
+             mesh->config.values.node, mesh->sidecar_port);
+    mesh->sidecar_pid = 0;
+    sidecar_restart(mesh->sidecar);
+}
+
+static void on_silent(struct mesh *mesh) {
+    mesh->sidecar_misses++;
+    if (mesh->state == MESHX_STATE_STARTING) {
+        mesh_probe_sidecar(mesh, PROBE_INTERVAL, mesh->config.values.start_timeout);
+        return; /* the deadline of the start ends it */
+    }
+    if (mesh->sidecar_misses >= SILENT_CRITICAL) {
+        mark_unreachable(mesh, "answer");
+    }
+    if (mesh->sidecar == NULL || mesh->sidecar_pid == 0) {
+        return; /* the next heartbeat asks again */
+    }
+    if (mesh->sidecar_misses < SILENT_HANGS) {
+        mesh_probe_sidecar(mesh, 0, 0);
+    } else if (probe_start(mesh->loop, PROBE_CONNECT, mesh->config.listen_probe_address,
+                           mesh->config.values.listen_port, 0, 0, on_own_listener, mesh,
+                           &mesh->probe) != MESHX_OK) {
+        mesh->probe = NULL;
+    }
+}
+
+/* ---- what a probe has found ---- */
+
+/* A probe meets whoever was faster at the port. */
+static bool is_taken(struct mesh *mesh) {
+    struct sock_address address;
+    return mesh->sidecar_pid != 0 &&
+           sock_address_parse(mesh->config.sidecar_probe_address, mesh->sidecar_port,
+                              &address) == 0 &&
+           listener_owner(&address, (pid_t)mesh->sidecar_pid, &mesh->sidecar_socket) ==
+               LISTENER_OTHER;
+}
+
 static void on_probed(enum probe_answer answer, void *argument) {
     struct mesh *mesh = argument;
     mesh->probe = NULL;
@@ -274,8 +358,12 @@ static void on_probed(enum probe_answer answer, void *argument) {
         return;
     }
     mesh->probe_reported = false;
-    if (answer == PROBE_ACCEPTS && !mesh->sidecar_shut_out) {
+    if (is_taken(mesh)) {
+        on_shut_out(mesh, "another program listens there");
+    } else if (answer == PROBE_ACCEPTS && !mesh->sidecar_shut_out) {
         on_accepts(mesh);
+    } else if (answer == PROBE_SILENT) {
+        on_silent(mesh);
     } else {
         on_refuses(mesh);
     }
@@ -285,8 +373,9 @@ void mesh_probe_sidecar(struct mesh *mesh, uint32_t interval, uint32_t timeout) 
     if (mesh->probe != NULL) {
         return;
     }
-    if (probe_start(mesh->loop, mesh->config.sidecar_probe_address, mesh->sidecar_port,
-                    interval, timeout, on_probed, mesh, &mesh->probe) != MESHX_OK) {
+    if (probe_start(mesh->loop, PROBE_HELLO, mesh->config.sidecar_probe_address,
+                    mesh->sidecar_port, interval, timeout, on_probed, mesh,
+                    &mesh->probe) != MESHX_OK) {
         mesh->probe = NULL;
         mesh_retry_later(mesh); /* no memory: a later one will do */
     }
@@ -300,8 +389,9 @@ static void on_sidecar_started(int64_t pid, void *context) {
     mesh->sidecar_starts++;
     mesh->sidecar_accepts = false;
     mesh->sidecar_shut_out = false;
+    mesh->sidecar_socket = 0;
     mesh->sidecar_misses = 0;
-    mesh_upstream_forget_ports(mesh);
+    mesh_upstream_new_sidecar(mesh);
     if (mesh->state == MESHX_STATE_STARTING || mesh->state == MESHX_STATE_READY) {
         probe_cancel(mesh->probe); /* it knew the former process */
         mesh->probe = NULL;
@@ -341,10 +431,13 @@ static void on_sidecar_output(enum meshx_stream stream, const char *line, void *
     struct meshx_event event = {
         .type = MESHX_EVENT_OUTPUT, .stream = stream, .text = line};
     mesh_emit(mesh, &event);
-    /* The built-in proxy goes on without its public listener and never tries again. A
-     * probe can't tell: it meets the program that was faster. */
-    if (mesh->sidecar_pid != 0 && strstr(line, "public listener") != NULL &&
-        strstr(line, "address already in use") != NULL) {
+    /* The built-in proxy ("public listener") and Envoy ("public_listener") go on without
+     * it and never try again. Sooner than a probe, and where the system does not tell
+     * whose listener it met. */
+    if (mesh->sidecar_pid != 0 &&
+        (strstr(line, "public listener") != NULL ||
+         strstr(line, "public_listener") != NULL) &&
+        strcasestr(line, "address already in use") != NULL) {
         on_shut_out(mesh, line);
     }
 }

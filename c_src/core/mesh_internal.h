@@ -49,6 +49,8 @@ struct mesh_request {
         lookups; /* answers of the agent still to come; they hold on to this object */
     bool answered;
     uint64_t revision;            /* waits until this one is applied; 0: does not */
+    uint64_t open_by;             /* waits for the listener till then; 0: does not */
+    unsigned moves;               /* of its upstream, to ports nobody else has */
     struct meshx_failure found;   /* what the lookup of instances says */
     struct meshx_failure allowed; /* what the lookup of intentions says */
 };
@@ -113,7 +115,12 @@ struct mesh_upstream {
     char *node;
     char *service_name;
     uint16_t port;
-    uint64_t revision; /* first of the desired state that has it */
+    uint64_t revision;     /* first of the desired state that has it there */
+    bool bound;            /* was applied: the sidecar's process may listen there */
+    uint32_t socket;       /* as in listener_owner() */
+    uint64_t absent_since; /* its node is not in the catalog; 0: it is */
+    bool departed;         /* not in the desired state; its port is kept for it */
+    uint64_t departure;    /* first revision without it */
 };
 
 /*
@@ -152,6 +159,7 @@ struct mesh {
     struct loop_timer *heartbeat; /* READY; in MESH_VISIBLE: when to look again */
     struct loop_timer *retry;
     struct loop_timer *gather; /* READY: the registration waits no longer */
+    struct loop_timer *open;   /* READY: looks whether upstreams have been opened */
     struct loop_timer *finish; /* so that the end never frees what has just called us */
     uint32_t retry_delay;      /* the last one; 0: none since all went well */
     bool retrying;             /* |retry| is set */
@@ -175,9 +183,11 @@ struct mesh {
     bool sidecar_accepts;
     bool sidecar_reported;   /* a person was told that it does not accept */
     bool probe_reported;     /* a person was told that it can't be probed */
+    bool listener_reported;  /* a person was told that our own listener is full */
     unsigned sidecar_misses; /* failed probes in a row while the process lives */
-    bool sidecar_shut_out;   /* it has said that another program has its port */
-    bool moved_at_once;      /* on its word; from then on only as probes say */
+    bool sidecar_shut_out;   /* another program has its port */
+    uint64_t moved_at;       /* when it was last moved for that, without waiting; 0 */
+    uint32_t sidecar_socket; /* as in listener_owner() */
     unsigned looks;          /* MESH_VISIBLE: how often the catalog was asked */
     struct probe *probe;     /* at most one */
 
@@ -187,6 +197,9 @@ struct mesh {
     size_t used_count;
     struct mesh_request *requests; /* all in hand, oldest first */
     uint64_t gathered;             /* revision that waits for other lookups; 0: none */
+    uint64_t gather_by;            /* for so long */
+    char *swept;                   /* the service whose instances are asked for; NULL */
+    size_t sweep_next;             /* whose turn it is then */
 
     uint64_t sidecar_starts;
     uint64_t registrations;
@@ -256,8 +269,12 @@ void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
                            const struct meshx_failure *failure);
 /* Sends what was gathered; lookups still under way go into the next registration. */
 void mesh_upstream_send(struct mesh *mesh);
+/* Answers those whose upstream is open by now; moves those that someone else has. */
+void mesh_upstream_look(struct mesh *mesh);
+/* Asks for one of them whether its node has left the catalog for good. */
+void mesh_upstream_sweep(struct mesh *mesh);
 /* A new sidecar process: only the ports of current upstreams are in use. */
-void mesh_upstream_forget_ports(struct mesh *mesh);
+void mesh_upstream_new_sidecar(struct mesh *mesh);
 bool mesh_upstream_port_used(void *mesh, uint16_t port);
 /* Answers all with ESTOPPED. */
 void mesh_upstream_stop(struct mesh *mesh);

@@ -16,16 +16,19 @@ static void settle(struct mesh *mesh, const struct meshx_failure *failure);
 static int write_registration(const struct mesh *mesh, char **out,
                               struct meshx_failure *failure) {
     const struct meshx_config *config = &mesh->config.values;
-    size_t count = mesh->upstream_count;
-    struct document_upstream *upstreams = calloc(count + 1, sizeof *upstreams);
+    size_t count = 0;
+    struct document_upstream *upstreams =
+        calloc(mesh->upstream_count + 1, sizeof *upstreams);
     if (upstreams == NULL) {
         return error_set(failure, MESHX_ENOMEM, "out of memory for the registration");
     }
-    for (size_t i = 0; i < count; i++) {
-        upstreams[i] =
-            (struct document_upstream){.service_name = mesh->upstreams[i].service_name,
-                                       .bind_address = "127.0.0.1",
-                                       .port = mesh->upstreams[i].port};
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        if (!mesh->upstreams[i].departed) {
+            upstreams[count++] = (struct document_upstream){
+                .service_name = mesh->upstreams[i].service_name,
+                .bind_address = "127.0.0.1",
+                .port = mesh->upstreams[i].port};
+        }
     }
     struct document_registration registration = {
         .node = config->node,

@@ -104,8 +104,9 @@ static void on_former_owner(enum probe_answer answer, void *argument);
 static void probe_former_owner(struct mesh *mesh) {
     const char *const addresses[PLACES] = {mesh->config.listen_probe_address, "127.0.0.1",
                                            "::1"};
-    if (probe_start(mesh->loop, addresses[mesh->claim.probes++], mesh->claim.ours_port, 0,
-                    0, on_former_owner, mesh, &mesh->probe) != MESHX_OK) {
+    if (probe_start(mesh->loop, PROBE_CONNECT, addresses[mesh->claim.probes++],
+                    mesh->claim.ours_port, 0, 0, on_former_owner, mesh,
+                    &mesh->probe) != MESHX_OK) {
         fail_out_of_memory(mesh);
     }
 }
@@ -121,7 +122,7 @@ static void on_former_owner(enum probe_answer answer, void *argument) {
             "whether another %s listens at port %u can't be probed: " PROBE_NOT_MADE_WHY,
             mesh->config.values.node, mesh->claim.ours_port);
         fail_start(mesh, &failure);
-    } else if (answer == PROBE_ACCEPTS) {
+    } else if (answer == PROBE_ACCEPTS || answer == PROBE_SILENT) {
         char by[96];
         snprintf(by, sizeof by, "a node on this host that listens at port %u",
                  mesh->claim.ours_port);
@@ -322,7 +323,7 @@ void mesh_start_shut_out(struct mesh *mesh, const char *text) {
     if (mesh->registration.moving != 0) {
         return; /* the same news from another line */
     }
-    if (mesh->moved_at_once || mesh->config.values.sidecar_ports.first ==
+    if (mesh->moved_at != 0 || mesh->config.values.sidecar_ports.first ==
                                    mesh->config.values.sidecar_ports.last) {
         error_set(&failure, MESHX_ENO_PORT,
                   "port %u (sidecar_ports) is in use by another program: %.300s", port,
@@ -341,7 +342,7 @@ void mesh_start_shut_out(struct mesh *mesh, const char *text) {
     probe_cancel(mesh->probe);
     mesh->probe = NULL;
     mesh->sidecar_accepts = false;
-    mesh->moved_at_once = true;
+    mesh->moved_at = loop_now();
     mesh->step = MESH_REGISTER;
     mesh->registration.moving = mesh->registration.wanted + 1;
     mesh_registration_change(mesh);

@@ -4,22 +4,36 @@
  *
  * A connect() to an upstream's port proves nothing (the proxy accepts first, dials
  * later), so the agent is asked first, side by side: is there such a node and is it
- * healthy, and may we connect to it? Only then an upstream is wanted. One service has one
- * upstream, and a port leads to one service for the life of the sidecar's process, since
- * the built-in proxy never closes a listener: a port whose upstream was given up stays in
- * |used_ports|.
+ * healthy, and may we connect to it? Only then an upstream is wanted, and only when our
+ * own sidecar is seen to listen there its port is told: if another program was faster,
+ * the upstream moves to another port.
+ *
+ * One service has one upstream, and a port leads to one service for the life of the
+ * sidecar's process, since the built-in proxy never closes a listener: a port whose
+ * upstream was given up stays in |used_ports|. An upstream whose node has left the
+ * catalog for good leaves the registration, but keeps its port, should the node come
+ * back.
  *
  * A request is in mesh->requests from mesh_upstream_request() until it is answered and
  * no answer of the agent refers to it any more.
  */
 #include "error.h"
+#include "listener.h"
 #include "mesh_internal.h"
 #include "sock.h"
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define GATHER_TIME 20 /* milliseconds */
+/* Milliseconds. A burst is over when no lookup is answered for so long, or at the latest
+ * after so long. */
+#define GATHER_PAUSE 50
+#define GATHER_MAX 1000
+/* How long a sidecar may take to open an upstream, and how often it is looked for. */
+#define OPEN_TIME 5000
+#define OPEN_INTERVAL 2
+/* Moves of an upstream on behalf of one request. */
+#define MOVES_MAX 3
 
 /* ---- requests ---- */
 
@@ -74,13 +88,6 @@ static bool port_taken(void *context, uint16_t port) {
            mesh_upstream_port_used(context, port);
 }
 
-void mesh_upstream_forget_ports(struct mesh *mesh) {
-    mesh->used_count = 0; /* there is room: each upstream's port was in it before */
-    for (size_t i = 0; i < mesh->upstream_count; i++) {
-        mesh->used_ports[mesh->used_count++] = mesh->upstreams[i].port;
-    }
-}
-
 static struct mesh_upstream *find_upstream(struct mesh *mesh, const char *service_name) {
     for (size_t i = 0; i < mesh->upstream_count; i++) {
         if (strcmp(mesh->upstreams[i].service_name, service_name) == 0) {
@@ -106,20 +113,29 @@ static bool reserve(struct mesh *mesh) {
     return true;
 }
 
-/* Adds the upstream |request| needs to the desired state. */
-static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
-                        struct meshx_failure *failure) {
+static int find_port(struct mesh *mesh, const char *node, uint16_t *port,
+                     struct meshx_failure *failure) {
     const struct meshx_port_range range = mesh->config.values.upstream_ports;
-    struct mesh_upstream upstream = {.revision = mesh->registration.wanted + 1};
-    int error = sock_find_port("127.0.0.1", range, port_taken, mesh, &upstream.port);
+    int error = sock_find_port("127.0.0.1", range, port_taken, mesh, port);
     if (error != 0 && error != -EADDRINUSE) {
         return error_set_errno(failure, -error, "can't look for a port for the way to %s",
-                               request->node);
+                               node);
     }
     if (error != 0) {
         return error_set(failure, MESHX_ENO_PORT,
                          "no port in upstream_ports %u..%u is free for the way to %s",
-                         range.first, range.last, request->node);
+                         range.first, range.last, node);
+    }
+    return MESHX_OK;
+}
+
+/* Adds the upstream |request| needs to the desired state. */
+static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
+                        struct meshx_failure *failure) {
+    struct mesh_upstream upstream = {.revision = mesh->registration.wanted + 1};
+    int code = find_port(mesh, request->node, &upstream.port, failure);
+    if (code != MESHX_OK) {
+        return code;
     }
     upstream.node = strdup(request->node);
     upstream.service_name = strdup(request->service_name);
@@ -134,9 +150,50 @@ static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
     return MESHX_OK;
 }
 
+/* Gives |upstream| another port; the sidecar has never listened at the one it has. */
+static int move_upstream(struct mesh *mesh, struct mesh_upstream *upstream,
+                         struct meshx_failure *failure) {
+    uint16_t port;
+    int code = find_port(mesh, upstream->node, &port, failure);
+    if (code != MESHX_OK) {
+        return code;
+    }
+    if (!reserve(mesh)) {
+        return error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s",
+                         upstream->node);
+    }
+    mesh_log(
+        mesh, MESHX_LEVEL_WARNING,
+        "port %u, which should lead to %s, was taken by another program: the sidecar "
+        "of %s will lead there from port %u",
+        upstream->port, upstream->node, mesh->config.values.node, port);
+    mesh->used_ports[mesh->used_count++] = port;
+    upstream->port = port;
+    upstream->bound = false;
+    upstream->socket = 0;
+    upstream->revision = mesh->registration.wanted + 1;
+    return MESHX_OK;
+}
+
 static void free_upstream(struct mesh_upstream *upstream) {
     free(upstream->node);
     free(upstream->service_name);
+}
+
+void mesh_upstream_new_sidecar(struct mesh *mesh) {
+    size_t kept = 0;
+    mesh->used_count = 0; /* there is room: each upstream's port was in it before */
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        struct mesh_upstream *upstream = &mesh->upstreams[i];
+        if (upstream->departed && upstream->departure <= mesh->registration.applied) {
+            free_upstream(upstream);
+        } else {
+            upstream->socket = 0;
+            mesh->used_ports[mesh->used_count++] = upstream->port;
+            mesh->upstreams[kept++] = *upstream;
+        }
+    }
+    mesh->upstream_count = kept;
 }
 
 /* The sidecar has never heard of it. */
@@ -148,14 +205,18 @@ static void release_port(struct mesh *mesh, uint16_t port) {
     mesh->used_ports[i] = mesh->used_ports[--mesh->used_count];
 }
 
-/* Gives up those that were in the refused revision and never applied. Their ports too,
- * unless the agent may have done it and not said so. */
+/* Gives up those that were in the refused revision and not applied. Their ports too,
+ * unless the sidecar may listen there. */
 static void drop_upstreams(struct mesh *mesh, uint64_t revision, int code) {
     size_t kept = 0;
     for (size_t i = 0; i < mesh->upstream_count; i++) {
         struct mesh_upstream *upstream = &mesh->upstreams[i];
-        if (upstream->revision > mesh->registration.applied &&
-            upstream->revision <= revision) {
+        bool refused = upstream->revision > mesh->registration.applied &&
+                       upstream->revision <= revision;
+        if (refused && upstream->bound) {
+            upstream->departed = true; /* as it was before it was asked for again */
+        }
+        if (refused && !upstream->bound) {
             if (mesh_registration_is_refused(code)) {
                 release_port(mesh, upstream->port);
             }
@@ -167,24 +228,128 @@ static void drop_upstreams(struct mesh *mesh, uint64_t revision, int code) {
     mesh->upstream_count = kept;
 }
 
+/* ---- the sidecar's listeners ---- */
+
+static bool at_port(uint16_t port, struct sock_address *address) {
+    return sock_address_parse("127.0.0.1", port, address) == 0;
+}
+
+static enum listener_owner owner_of(const struct mesh *mesh,
+                                    struct mesh_upstream *upstream) {
+    struct sock_address address;
+    return mesh->sidecar != NULL && at_port(upstream->port, &address)
+               ? listener_owner(&address, (pid_t)mesh->sidecar_pid, &upstream->socket)
+               : LISTENER_UNKNOWN; /* we don't know its process */
+}
+
+static void answer_sidecar_down(struct mesh_request *request);
+
+/* Someone else listens at the port. */
+static void move(struct mesh_request *request, struct mesh_upstream *upstream,
+                 bool *changed) {
+    struct meshx_failure failure;
+    if (request->moves == MOVES_MAX) {
+        error_set(&failure, MESHX_ENO_PORT,
+                  "port %u for the way to %s is in use by another program, as were those "
+                  "before it; does one listen at all of upstream_ports?",
+                  upstream->port, request->node);
+        answer(request, &failure, 0);
+    } else if (move_upstream(request->mesh, upstream, &failure) != MESHX_OK) {
+        answer(request, &failure, 0);
+    } else {
+        request->moves++;
+        request->open_by = 0;
+        request->revision = upstream->revision;
+        *changed = true;
+    }
+}
+
+/* Whether |request| still waits for the listener; else it may be freed. */
+static bool is_closed(struct mesh_request *request, bool *changed) {
+    struct mesh *mesh = request->mesh;
+    struct meshx_failure failure;
+    struct mesh_upstream *upstream = find_upstream(mesh, request->service_name);
+    if (upstream == NULL || (mesh->sidecar != NULL && mesh->sidecar_pid == 0)) {
+        answer_sidecar_down(request);
+        return false;
+    }
+    if (upstream->revision > mesh->registration.applied) { /* moved for another one */
+        request->open_by = 0;
+        request->revision = upstream->revision;
+        return false;
+    }
+    switch (owner_of(mesh, upstream)) {
+    case LISTENER_NOBODY:
+        if (loop_now() < request->open_by) {
+            return true;
+        }
+        error_set(&failure, MESHX_ESIDECAR_DOWN,
+                  "%s can't be dialed, because the sidecar of %s has not opened port %u "
+                  "for it; does it get its configuration from the agent?",
+                  request->node, mesh->config.values.node, upstream->port);
+        answer(request, &failure, 0);
+        return false;
+    case LISTENER_OTHER:
+        move(request, upstream, changed);
+        return false;
+    case LISTENER_FAMILY:
+    case LISTENER_UNKNOWN:
+        break;
+    }
+    answer(request, NULL, upstream->port);
+    return false;
+}
+
+void mesh_upstream_look(struct mesh *mesh) {
+    bool waiting = false;
+    bool changed = false;
+    struct mesh_request *next = NULL;
+    for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
+        next = request->next;
+        if (request->open_by != 0 && !request->answered && is_closed(request, &changed)) {
+            waiting = true;
+        }
+    }
+    if (waiting) {
+        loop_timer_start(mesh->open, OPEN_INTERVAL);
+    }
+    if (changed) {
+        mesh_registration_change(mesh);
+    }
+}
+
+/* The agent has it: from now on |request| waits for the sidecar. */
+static void await_listener(struct mesh_request *request) {
+    request->revision = 0;
+    request->open_by = loop_now() + OPEN_TIME;
+}
+
 void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
                            const struct meshx_failure *failure) {
-    /* Ports are read before anything is dropped; an answer may free its request. */
-    struct mesh_request *next = NULL;
+    struct mesh_request *next = NULL; /* an answer may free its request */
     for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
         next = request->next;
         if (request->revision != 0 && request->revision <= revision &&
             !request->answered) {
-            const struct mesh_upstream *upstream =
-                find_upstream(mesh, request->service_name);
-            answer(request, failure,
-                   failure == NULL && upstream != NULL ? upstream->port : 0);
+            if (failure != NULL) {
+                answer(request, failure, 0);
+            } else {
+                await_listener(request);
+            }
         }
     }
     if (failure != NULL) {
         drop_upstreams(mesh, revision, failure->code);
+        return;
     }
+    for (size_t i = 0; i < mesh->upstream_count; i++) {
+        struct mesh_upstream *upstream = &mesh->upstreams[i];
+        upstream->bound = upstream->bound || upstream->revision <= revision;
+    }
+    mesh_upstream_look(mesh);
 }
+
+/* ---- wanting one ---- */
 
 void mesh_upstream_send(struct mesh *mesh) {
     uint64_t revision = mesh->gathered;
@@ -207,35 +372,125 @@ static bool is_looking_up(const struct mesh *mesh) {
 
 /* A lookup is done: if it was the last one, what was gathered goes out. */
 static void send_gathered(struct mesh *mesh) {
-    if (mesh->gathered != 0 && !is_looking_up(mesh)) {
+    uint64_t now = loop_now();
+    if (mesh->gathered == 0) {
+        return;
+    }
+    if (!is_looking_up(mesh) || now >= mesh->gather_by) {
         mesh_upstream_send(mesh);
+    } else {
+        uint64_t left = mesh->gather_by - now;
+        loop_timer_start(mesh->gather, left < GATHER_PAUSE ? left : GATHER_PAUSE);
     }
 }
 
 /* A lone request is sent at once; one of a burst waits a moment for the others. */
+static void gather(struct mesh *mesh, uint64_t revision) {
+    if (mesh->gathered == 0) {
+        mesh->gather_by = loop_now() + GATHER_MAX;
+        loop_timer_start(mesh->gather, GATHER_PAUSE);
+    }
+    mesh->gathered = revision;
+}
+
 static void dial(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     struct meshx_failure failure;
     struct mesh_upstream *upstream = find_upstream(mesh, request->service_name);
-    if (upstream == NULL && add_upstream(mesh, request, &failure) != MESHX_OK) {
-        answer(request, &failure, 0);
-    } else if (upstream == NULL) {
-        request->revision = mesh->registration.wanted + 1;
-        if (mesh->gathered == 0) {
-            loop_timer_start(mesh->gather, GATHER_TIME);
+    if (upstream == NULL) {
+        if (add_upstream(mesh, request, &failure) != MESHX_OK) {
+            answer(request, &failure, 0);
+            return;
         }
-        mesh->gathered = request->revision;
-    } else {
-        if (strcmp(upstream->node, request->node) != 0) {
-            char *former = upstream->node; /* another node has the service name now */
-            upstream->node = request->node;
-            request->node = former;
+        upstream = &mesh->upstreams[mesh->upstream_count - 1];
+    } else if (strcmp(upstream->node, request->node) != 0) {
+        char *former = upstream->node; /* another node has the service name now */
+        upstream->node = request->node;
+        request->node = former;
+    }
+    upstream->absent_since = 0;
+    if (upstream->departed) {
+        upstream->departed = false;
+        upstream->revision = mesh->registration.wanted + 1;
+    }
+    if (upstream->revision <= mesh->registration.applied) {
+        await_listener(request);
+        mesh_upstream_look(mesh);
+        return;
+    }
+    request->revision = upstream->revision;
+    if (upstream->revision > mesh->registration.wanted) {
+        gather(mesh, upstream->revision);
+    }
+}
+
+/* ---- departed nodes ---- */
+
+static void depart(struct mesh *mesh, struct mesh_upstream *upstream) {
+    mesh_log(mesh, MESHX_LEVEL_INFO,
+             "%s has not been in Consul's catalog for %llu s: the sidecar of %s needs no "
+             "way to it any more",
+             upstream->node,
+             (unsigned long long)(loop_now() - upstream->absent_since) / 1000,
+             mesh->config.values.node);
+    upstream->absent_since = 0;
+    upstream->departed = true;
+    upstream->departure = mesh->registration.wanted + 1;
+    mesh_registration_change(mesh);
+}
+
+static bool is_listed(const struct document_instances *instances, const char *node) {
+    for (size_t i = 0; i < instances->count; i++) {
+        const char *name = instances->items[i].node;
+        if (name != NULL && strcmp(name, node) == 0) {
+            return true;
         }
-        if (upstream->revision <= mesh->registration.applied) {
-            answer(request, NULL, upstream->port);
-        } else {
-            request->revision = upstream->revision;
+    }
+    return false;
+}
+
+/* A link to a node that is not in the catalog (its agent is down) keeps its upstream. */
+static void on_swept(const struct meshx_failure *failure,
+                     const struct document_instances *instances, void *argument) {
+    struct mesh *mesh = argument;
+    struct mesh_upstream *upstream = find_upstream(mesh, mesh->swept);
+    struct sock_address address;
+    free(mesh->swept);
+    mesh->swept = NULL;
+    if (failure != NULL || upstream == NULL || upstream->departed || mesh->draining ||
+        mesh->state != MESHX_STATE_READY) {
+        return;
+    }
+    uint64_t now = loop_now();
+    if (is_listed(instances, upstream->node)) {
+        upstream->absent_since = 0;
+    } else if (upstream->absent_since == 0) {
+        upstream->absent_since = now;
+    } else if (now - upstream->absent_since >= mesh->config.values.upstream_keep &&
+               at_port(upstream->port, &address) && !listener_has_connections(&address)) {
+        depart(mesh, upstream);
+    }
+}
+
+void mesh_upstream_sweep(struct mesh *mesh) {
+    if (mesh->swept != NULL) {
+        return;
+    }
+    for (size_t i = 0; mesh->swept == NULL && i < mesh->upstream_count; i++) {
+        mesh->sweep_next = (mesh->sweep_next + 1) % mesh->upstream_count;
+        const struct mesh_upstream *upstream = &mesh->upstreams[mesh->sweep_next];
+        if (!upstream->departed) {
+            mesh->swept = strdup(upstream->service_name);
+            if (mesh->swept == NULL) {
+                return;
+            }
         }
+    }
+    if (mesh->swept != NULL &&
+        consul_instances(mesh->consul, CONSUL_HEALTH_SERVICE, mesh->swept, on_swept,
+                         mesh) != MESHX_OK) {
+        free(mesh->swept);
+        mesh->swept = NULL;
     }
 }
 
@@ -424,4 +679,5 @@ void mesh_upstream_fini(struct mesh *mesh) {
     }
     free(mesh->upstreams);
     free(mesh->used_ports);
+    free(mesh->swept);
 }

@@ -24,12 +24,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* Beyond the guard's own grace. A guard that needs longer is left to itself. */
+/* Beyond the guard's own grace. A guard that needs longer is killed. */
 #define STOP_MARGIN 1000
 
 struct run {
     uv_poll_t poll;
     int socket;
+    pid_t guard;
+    bool killed;             /* the guard, since it did not end in time */
     struct sidecar *sidecar; /* NULL: given up */
     size_t size;
     uint8_t bytes[4 * RECORD_MAX_SIZE]; /* received, not yet a whole record */
@@ -40,8 +42,8 @@ enum state {
     IDLE,
     WAITING, /* timer: start it */
     RUNNING,
-    RESTARTING, /* timer: the guard had time enough, start the next */
-    STOPPING,   /* timer: the guard had time enough, or there was none */
+    RESTARTING, /* timer: the guard had time enough */
+    STOPPING,   /* the same, or there was none */
 };
 
 struct sidecar {
@@ -82,12 +84,11 @@ static void give_up_run(struct sidecar *sidecar) {
 }
 
 /* Returns errno's value. */
-static int spawn_guard(const struct sidecar *sidecar, int guard_socket) {
+static int spawn_guard(const struct sidecar *sidecar, int guard_socket, pid_t *guard) {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t all;
     sigset_t none;
-    pid_t ignored;
     sigfillset(&all);
     sigemptyset(&none);
     int error = posix_spawn_file_actions_init(&actions);
@@ -118,7 +119,7 @@ static int spawn_guard(const struct sidecar *sidecar, int guard_socket) {
         (error = posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF |
                                                            POSIX_SPAWN_SETSIGMASK |
                                                            POSIX_SPAWN_SETSID)) == 0) {
-        error = posix_spawn(&ignored, sidecar->guard_command[0], &actions, &attributes,
+        error = posix_spawn(guard, sidecar->guard_command[0], &actions, &attributes,
                             sidecar->guard_command, sidecar->environment);
     }
     posix_spawnattr_destroy(&attributes);
@@ -151,7 +152,7 @@ static int start_run(struct sidecar *sidecar, struct meshx_failure *failure) {
     run->socket = sockets[0];
     run->sidecar = sidecar;
     sidecar->run = run;
-    error = spawn_guard(sidecar, sockets[1]);
+    error = spawn_guard(sidecar, sockets[1], &run->guard);
     close(sockets[1]);
     if (error == 0) {
         error = -uv_poll_start(&run->poll, UV_READABLE, on_socket);
@@ -211,8 +212,18 @@ static void on_run_over(struct sidecar *sidecar) {
     }
 }
 
+/* A guard that hangs is killed, and the sidecar goes with it (PR_SET_PDEATHSIG). The
+ * number is still its own: it has not closed its socket yet. */
 static void on_timer(void *argument) {
-    on_run_over(argument);
+    struct sidecar *sidecar = argument;
+    struct run *run = sidecar->run;
+    if (run != NULL && !run->killed) {
+        run->killed = true;
+        (void)kill(run->guard, SIGKILL);
+        loop_timer_start(sidecar->timer, STOP_MARGIN);
+    } else {
+        on_run_over(sidecar);
+    }
 }
 
 static void on_ended(struct sidecar *sidecar, int code, const char *how) {

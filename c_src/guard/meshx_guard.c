@@ -5,8 +5,7 @@
  *
  * Invariants:
  * - The sidecar never outlives its owner: EOF on descriptor 3 (however the owner went)
- *   stops it, PR_SET_PDEATHSIG kills it when the guard itself is killed. The kernel drops
- *   PDEATHSIG when the sidecar's program is set-user-ID or has file capabilities.
+ *   stops it, PR_SET_PDEATHSIG kills it when the guard itself is killed.
  * - The guard exits only when no process of the sidecar is left, also none that left its
  *   process group: as a subreaper it inherits them. A wrapper should exec the sidecar:
  *   what it leaves behind when it ends gets no grace.
@@ -342,6 +341,14 @@ static _Noreturn void become_sidecar(char **command, pid_t guard_pid, int output
     _exit(EXIT_NO_EXEC);
 }
 
+/* The sidecar has its copy. In ours nobody shall find the tokens, neither by
+ * /proc/PID/environ nor in a core. */
+static void forget_environment(void) {
+    for (char **variable = environ; *variable != NULL; variable++) {
+        explicit_bzero(*variable, strlen(*variable));
+    }
+}
+
 /* Leaves an errno in |exec_error| when there is no child. */
 static void start_sidecar(struct guard *guard, char **command) {
     int output[2] = {-1, -1};
@@ -360,6 +367,7 @@ static void start_sidecar(struct guard *guard, char **command) {
         guard->exec_error = errno;
         return; /* main() ends, and with it the descriptors */
     }
+    forget_environment();
     /* Also here, so that the group exists before the first stop(); fails when the child
      * was faster. */
     (void)setpgid(pid, pid);
@@ -574,10 +582,12 @@ int main(int argc, char **argv) {
     /* A session of its own, so that ^C in the owner's terminal does not reach us. Fails
      * when the owner has seen to it. */
     (void)setsid();
-    /* No core file of ours with the tokens of the sidecar's environment. The sidecar's
-     * own exec sets the flag anew. */
+    /* No core file of ours, which may be readable by others (the sidecar's own exec sets
+     * the flag anew), and no privilege but those we have: not by set-user-ID programs or
+     * file capabilities, for which the kernel would drop PDEATHSIG, too. */
     if (!settle_descriptors() || (guard.signals = settle_signals()) < 0 ||
-        prctl(PR_SET_CHILD_SUBREAPER, 1) != 0 || prctl(PR_SET_DUMPABLE, 0) != 0) {
+        prctl(PR_SET_CHILD_SUBREAPER, 1) != 0 || prctl(PR_SET_DUMPABLE, 0) != 0 ||
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) {
         perror("meshx_guard");
         return EXIT_FAILURE;
     }

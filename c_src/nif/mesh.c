@@ -410,6 +410,7 @@ static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *deco
         {am_start_timeout, &config->start_timeout},
         {am_request_timeout, &config->request_timeout},
         {am_stop_timeout, &config->stop_timeout},
+        {am_upstream_keep, &config->upstream_keep},
     };
     ERL_NIF_TERM value;
     unsigned number;

@@ -22,7 +22,8 @@
     X(sidecar_ports) X(sidecar_restart_max) X(sidecar_restart_min) X(sidecar_starts) \
     X(sndbuf) X(start_timeout) X(starting) X(state) X(stderr) X(stdout) \
     X(stop_timeout) X(stopped) X(stopping) X(tclass) X(tos) X(true) X(ttl) \
-    X(undefined) X(upstream) X(upstream_ports) X(upstream_template) X(upstreams) \
+    X(undefined) X(upstream) X(upstream_keep) X(upstream_ports) X(upstream_template) \
+    X(upstreams) \
     X(wait) X(warning)
 /* clang-format on */
 

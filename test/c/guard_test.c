@@ -279,6 +279,38 @@ static void passes_the_environment_exactly(void **state) {
     expect_exit(&guarded, 0);
 }
 
+/* What /proc/PID/|file| holds. */
+static size_t read_proc(pid_t pid, const char *file, char *bytes, size_t size) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%ld/%s", (long)pid, file);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t count = fd >= 0 ? read(fd, bytes, size) : 0;
+    close(fd);
+    return count > 0 ? (size_t)count : 0;
+}
+
+static void keeps_no_secret_and_gains_no_privilege(void **state) {
+    (void)state;
+    struct guarded guarded;
+    const char *arguments[] = {"meshx_guard", TIMEOUT, "sleep", "1000", NULL};
+    const char *const environment[] = {"CONSUL_HTTP_TOKEN=tops3cret",
+                                       "PATH=/usr/bin:/bin", NULL};
+    char bytes[8192] = "";
+    start(&guarded, arguments, environment);
+    pid_t sidecar = expect_started(&guarded);
+    size_t size = read_proc(sidecar, "environ", bytes, sizeof bytes);
+    assert_non_null(memmem(bytes, size, "tops3cret", 9));
+    /* Only root may look: not dumpable. */
+    size = read_proc(guarded.guard, "environ", bytes, sizeof bytes);
+    assert_int_equal(size > 0, geteuid() == 0);
+    assert_null(memmem(bytes, size, "tops3cret", 9));
+    size = read_proc(sidecar, "status", bytes, sizeof bytes - 1);
+    bytes[size] = '\0';
+    assert_non_null(strstr(bytes, "NoNewPrivs:\t1\n"));
+    ask_to_stop(&guarded);
+    expect_killed(&guarded, SIGTERM);
+}
+
 static void passes_no_descriptor_beyond_2(void **state) {
     (void)state;
     struct guarded guarded;
@@ -635,6 +667,7 @@ int main(void) {
         cmocka_unit_test(reports_exec_failure),
         cmocka_unit_test(finds_the_program_in_the_given_path),
         cmocka_unit_test(passes_the_environment_exactly),
+        cmocka_unit_test(keeps_no_secret_and_gains_no_privilege),
         cmocka_unit_test(passes_no_descriptor_beyond_2),
         cmocka_unit_test(resets_signals),
         cmocka_unit_test(has_its_own_session_and_the_sidecar_its_group),

@@ -4,13 +4,11 @@
  */
 #include "mesh_fixture.h"
 #include "process.h"
-#include <arpa/inet.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 /* Returns the ID of the new intention; new. */
@@ -72,7 +70,7 @@ static void data_passes_both_sidecars(void **state) {
 }
 
 static void a_burst_of_upstreams_takes_few_registrations(void **state) {
-    enum { COUNT = 10 };
+    enum { COUNT = 100 };
     struct node *node = node_start(*state, shared_agent, "burst@test");
     char names[COUNT][32];
     uint16_t ports[COUNT];
@@ -96,7 +94,7 @@ static void a_burst_of_upstreams_takes_few_registrations(void **state) {
     }
     const struct meshx_info info = node_info(node)->info;
     assert_int_equal(info.upstream_count, COUNT);
-    assert_in_range(info.registrations, 2, 4); /* one more for each 20 ms of lookups */
+    assert_in_range(info.registrations, 2, 3); /* the first had none of them */
     char *body = NULL;
     agent_request(shared_agent, "GET", path_of(SERVICE "-sidecar-proxy", "burst@test"),
                   NULL, &body);
@@ -320,42 +318,6 @@ static void a_deaf_sidecar_is_replaced(void **state) {
     agent_remove_directory(directory);
 }
 
-/* Another program is faster at the sidecar's port, and accepts in its place. */
-static void a_stranger_at_the_port_is_not_the_sidecar(void **state) {
-    struct node *node = node_new(shared_agent, "strange@test");
-    char *directory = agent_make_directory();
-    char script[1024];
-    snprintf(script, sizeof script,
-             "while [ ! -e %s/go ]; do sleep 0.01; done; exec %s connect proxy "
-             "-sidecar-for strange@test",
-             directory, node->command[0]);
-    node->config.ttl = 900;
-    node->command[0] = "/bin/sh";
-    node->command[1] = "-c";
-    node->command[2] = script;
-    node->command[3] = NULL;
-    node_open(node, *state);
-    await(SERVICE, "strange@test", 200, NULL);
-    const uint16_t port = node_info(node)->info.sidecar_port;
-    const struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
-    int stranger = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    assert_int_equal(bind(stranger, (const struct sockaddr *)&address, sizeof address),
-                     0);
-    assert_int_equal(listen(stranger, SOMAXCONN), 0);
-    node_wait(node, MESHX_EVENT_READY, 0, NULL); /* nothing tells them apart so far */
-
-    snprintf(script, sizeof script, "%s/go", directory);
-    fclose(fopen(script, "we"));
-    node_wait(node, MESHX_EVENT_LOG, 0, "restarting it at");
-    node_wait(node, MESHX_EVENT_LOG, 0, "accepts at port");
-    await(SIDECAR_HEALTH, "strange@test", 200, NULL);
-    assert_int_not_equal(node_info(node)->info.sidecar_port, port);
-    assert_int_equal(node_info(node)->info.sidecar_starts, 2);
-    close(stranger);
-    node_free(node);
-    agent_remove_directory(directory);
-}
-
 /* Only then a probe can't be made, which says nothing about the sidecar. */
 static void without_descriptors_the_sidecar_is_let_be(void **state) {
     struct node *node = node_new(shared_agent, "crowded@test");
@@ -432,7 +394,6 @@ int main(void) {
         TEST(someone_elses_deregistration_is_repaired),
         TEST(a_stuck_vm_goes_critical),
         TEST(a_deaf_sidecar_is_replaced),
-        TEST(a_stranger_at_the_port_is_not_the_sidecar),
         TEST(without_descriptors_the_sidecar_is_let_be),
         TEST(an_external_sidecar_may_come_later),
     };

@@ -230,7 +230,8 @@ struct node *node_new(const struct agent *agent, const char *name) {
         .deregister_after = 60000,
         .start_timeout = 30000,
         .request_timeout = 10000,
-        .stop_timeout = 5000};
+        .stop_timeout = 5000,
+        .upstream_keep = 600000};
     return node;
 }
 

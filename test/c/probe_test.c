@@ -14,6 +14,7 @@
 
 struct attempt {
     struct meshx_loop *loop;
+    enum probe_kind kind;
     const char *address;
     uint16_t port;
     uint32_t interval;
@@ -64,9 +65,9 @@ static void on_done(enum probe_answer answer, void *argument) {
 
 static void begin(void *argument) {
     struct attempt *attempt = argument;
-    attempt->code =
-        probe_start(attempt->loop, attempt->address, attempt->port, attempt->interval,
-                    attempt->timeout, on_done, attempt, &attempt->probe);
+    attempt->code = probe_start(attempt->loop, attempt->kind, attempt->address,
+                                attempt->port, attempt->interval, attempt->timeout,
+                                on_done, attempt, &attempt->probe);
     attempt->started = true;
 }
 
@@ -134,6 +135,41 @@ static void a_listener_accepts_ipv6(void **state) {
     attempt.address = "::1";
     assert_true(accepts(&attempt));
     close(listener);
+}
+
+/* One that reads the hello and then says |answer| and closes; NULL: nothing. */
+static enum probe_answer greet(void **state, const char *answer) {
+    uint16_t port;
+    char hello[1024];
+    char end;
+    int listener = bind_loopback(AF_INET, &port);
+    assert_int_equal(listen(listener, 8), 0);
+    struct attempt attempt = new_attempt(state, port, 0);
+    attempt.kind = PROBE_HELLO;
+    control_run(attempt.loop, begin, &attempt);
+    int connection = accept(listener, NULL, NULL);
+    assert_in_range(recv(connection, hello, 5, MSG_WAITALL), 5, 5);
+    assert_memory_equal(hello, "\x16\3\1", 3); /* a handshake record of this length */
+    size_t size = (size_t)(unsigned char)hello[3] * 256 + (unsigned char)hello[4];
+    assert_int_equal(recv(connection, hello, size, MSG_WAITALL), size);
+    assert_int_equal(recv(connection, &end, 1, MSG_DONTWAIT), -1);
+    if (answer != NULL) {
+        assert_int_equal(send(connection, answer, strlen(answer), 0), strlen(answer));
+        shutdown(connection, SHUT_WR);
+    }
+    control_wait(&attempt.done);
+    assert_int_equal(recv(connection, &end, 1, 0), 0);
+    close(connection);
+    close(listener);
+    return attempt.answer;
+}
+
+static void a_hello_wants_a_reaction(void **state) {
+    assert_int_equal(greet(state, "\x16\3\3 a ServerHello"), PROBE_ACCEPTS);
+    assert_int_equal(greet(state, "\x15\3\3 an alert"), PROBE_ACCEPTS);
+    assert_int_equal(greet(state, ""), PROBE_ACCEPTS);
+    assert_int_equal(greet(state, "HTTP/1.1 400 Bad Request\r\n\r\n"), PROBE_REFUSES);
+    assert_int_equal(greet(state, NULL), PROBE_SILENT);
 }
 
 /* Bound but not listening: refused, and nobody else can take the port. */
@@ -236,7 +272,7 @@ static void close_full_listener(struct full_listener *full) {
 
 static void a_hanging_connect_has_a_limit(void **state) {
     struct full_listener full = open_full_listener();
-    struct attempt once = new_attempt(state, full.port, 0); /* 1 s */
+    struct attempt once = new_attempt(state, full.port, 0); /* 2 s */
     assert_false(accepts(&once));
     struct attempt repeated = new_attempt(state, full.port, 40);
     assert_false(accepts(&repeated));
@@ -281,11 +317,20 @@ static void a_cancelled_probe_never_calls(void **state) {
 
     probe_cancel(NULL);
     assert_int_equal(listen(fd, 8), 0);
+    struct attempt greeting = new_attempt(state, port, 600000);
+    greeting.kind = PROBE_HELLO;
+    control_run(*state, begin, &greeting);
+    int connection = accept(fd, NULL, NULL);
+    char hello[5];
+    assert_int_equal(recv(connection, hello, sizeof hello, MSG_WAITALL), sizeof hello);
+    control_run(*state, cancel, &greeting);
+    close(connection);
     struct attempt last = new_attempt(state, port, 0);
     assert_true(accepts(&last));
     assert_int_equal(before_its_try.calls, 0);
     assert_int_equal(connecting.calls, 0);
     assert_int_equal(between_tries.calls, 0);
+    assert_int_equal(greeting.calls, 0);
     for (int i = 0; i < 100; i++) {
         assert_int_equal(anywhere[i].calls, 0);
     }
@@ -325,6 +370,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         ON_LOOP(a_listener_accepts),
         ON_LOOP(a_listener_accepts_ipv6),
+        ON_LOOP(a_hello_wants_a_reaction),
         ON_LOOP(a_port_without_listener_does_not),
         ON_LOOP(a_listener_may_come_late),
         ON_LOOP(an_address_that_cannot_be_reached_does_not_accept),

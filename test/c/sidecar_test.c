@@ -371,8 +371,8 @@ static void stops_what_ignores_term(void **state) {
     assert_false(process_runs(sidecar));
 }
 
-/* The last resort: a guard that neither ends nor closes its socket. */
-static void gives_up_a_guard_that_does_not_end(void **state) {
+/* A guard that neither ends nor closes its socket. */
+static void kills_a_guard_that_does_not_end(void **state) {
     struct runner *runner = *state;
     char *directory = agent_make_directory();
     char *path = make_script(
@@ -383,12 +383,28 @@ static void gives_up_a_guard_that_does_not_end(void **state) {
     pid_t guard = runner_expect_pid_line(runner);
     runner_call(runner, runner_restart_now);
     pid_t second_guard = runner_expect_pid_line(runner);
+    assert_true(process_wait_gone(guard));
     runner_stop(runner);
-    assert_true(process_runs(guard));
-    assert_int_equal(kill(guard, SIGKILL), 0);
-    assert_int_equal(kill(second_guard, SIGKILL), 0);
+    assert_true(process_wait_gone(second_guard));
     free(path);
     agent_remove_directory(directory);
+}
+
+static void replaces_a_guard_that_hangs(void **state) {
+    struct runner *runner = *state;
+    runner->config.stop_timeout = 50;
+    runner_start_shell(runner, "echo $PPID; exec sleep 1000");
+    pid_t sidecar = runner_expect_started(runner);
+    pid_t guard = runner_expect_pid_line(runner);
+    assert_int_equal(kill(guard, SIGSTOP), 0);
+    runner_call(runner, runner_restart_now);
+    pid_t second = runner_expect_started(runner);
+    assert_int_not_equal(second, sidecar);
+    assert_true(process_wait_gone(guard));
+    assert_true(process_wait_gone(sidecar));
+    runner_expect_pid_line(runner);
+    runner_stop(runner);
+    assert_false(process_runs(second));
 }
 
 /* Freeing */
@@ -583,7 +599,8 @@ static int run_all(const char *group) {
         TEST(stops_while_it_restarts),
         TEST(stops_once_and_starts_again),
         TEST(stops_what_ignores_term),
-        TEST(gives_up_a_guard_that_does_not_end),
+        TEST(kills_a_guard_that_does_not_end),
+        TEST(replaces_a_guard_that_hangs),
         TEST(frees_while_it_runs),
         TEST(frees_at_any_state),
         TEST(frees_in_every_callback),

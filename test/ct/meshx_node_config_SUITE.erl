@@ -70,6 +70,7 @@ defaults(Config) ->
             start_timeout := 30000,
             request_timeout := 15000,
             stop_timeout := 2000,
+            upstream_keep := 600000,
             force_registration := false
         },
         Loaded
@@ -236,6 +237,7 @@ values_that_are_refused(_) ->
         {deregister_after, "60000", [59999]},
         {request_timeout, "10000", [9999]},
         {stop_timeout, "milliseconds", [0]},
+        {upstream_keep, "milliseconds", [0, 999]},
         {force_registration, "true or false", [yes, 1, "", [true]]},
         {sidecar_ports, "1 to 65535", [
             {0, 5}, {5, 4}, {1, 65536}, 0, 65536, "a-b", <<"1-2-3">>, "", {1}, #{}, <<"99999">>

@@ -1,0 +1,218 @@
+/*
+ * Whose listener is at a local port? L1.
+ *
+ * One netlink request, answered before sendmsg() returns, and at most one walk through
+ * the descriptors of a family of processes. What can't be read makes the answer UNKNOWN,
+ * never OTHER.
+ */
+#include "listener.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/inet_diag.h>
+#include <linux/netlink.h>
+#include <linux/sock_diag.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define GENERATIONS_MAX 8
+
+/* ---- socket diagnostics ---- */
+
+struct question {
+    struct nlmsghdr header;
+    struct inet_diag_req_v2 diag;
+};
+
+/* The first message of the kernel's answer. */
+struct reply {
+    struct nlmsghdr header;
+    union {
+        struct inet_diag_msg socket;
+        struct nlmsgerr error;
+    };
+};
+
+static struct question new_question(const struct sock_address *address, uint16_t flags,
+                                    int state) {
+    struct question question = {
+        .header = {.nlmsg_len = sizeof question,
+                   .nlmsg_type = SOCK_DIAG_BY_FAMILY,
+                   .nlmsg_flags = (uint16_t)(NLM_F_REQUEST | flags)},
+        .diag = {.sdiag_family = (uint8_t)address->storage.ss_family,
+                 .sdiag_protocol = IPPROTO_TCP,
+                 .idiag_states = 1U << state,
+                 .id = {.idiag_sport = htons(sock_port(address)),
+                        .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}}}};
+    if (address->storage.ss_family == AF_INET6) {
+        const struct sockaddr_in6 *ipv6 = (const struct sockaddr_in6 *)&address->storage;
+        memcpy(question.diag.id.idiag_src, &ipv6->sin6_addr, sizeof ipv6->sin6_addr);
+    } else {
+        const struct sockaddr_in *ipv4 = (const struct sockaddr_in *)&address->storage;
+        memcpy(question.diag.id.idiag_src, &ipv4->sin_addr, sizeof ipv4->sin_addr);
+    }
+    return question;
+}
+
+/* 0 and |*out|, or -errno: -ENOENT when there is no such socket. */
+static int ask_kernel(const struct question *question, struct reply *out) {
+    union {
+        struct reply reply;
+        char bytes[8192]; /* the kernel fills in as many messages as fit */
+    } received;
+    int netlink = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+    if (netlink < 0) {
+        return -errno;
+    }
+    ssize_t size = send(netlink, question, sizeof *question, 0);
+    if (size >= 0) {
+        size = recv(netlink, &received, sizeof received, MSG_DONTWAIT);
+    }
+    int error = size < 0 ? -errno : 0;
+    close(netlink);
+    if (error != 0) {
+        return error;
+    }
+    memset(out, 0, sizeof *out);
+    memcpy(out, &received, (size_t)size < sizeof *out ? (size_t)size : sizeof *out);
+    if (out->header.nlmsg_type == NLMSG_DONE) {
+        return -ENOENT;
+    }
+    if (out->header.nlmsg_type == NLMSG_ERROR) {
+        return out->error.error < 0 ? out->error.error : -EPROTO;
+    }
+    return out->header.nlmsg_type == SOCK_DIAG_BY_FAMILY ? 0 : -EPROTO;
+}
+
+/* ---- processes ---- */
+
+/* Whether |process| has the socket open; UNKNOWN: may not be asked. One that is gone has
+ * nothing. */
+static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
+    char path[64];
+    char wanted[32];
+    enum listener_owner owner = LISTENER_OTHER;
+    const struct dirent *entry;
+    snprintf(path, sizeof path, "/proc/%ld/fd", (long)process);
+    int length = snprintf(wanted, sizeof wanted, "socket:[%lu]", (unsigned long)inode);
+    DIR *descriptors = opendir(path);
+    if (descriptors == NULL) {
+        return errno == ENOENT || errno == ESRCH ? LISTENER_OTHER : LISTENER_UNKNOWN;
+    }
+    while (owner == LISTENER_OTHER && (entry = readdir(descriptors)) != NULL) {
+        char target[sizeof wanted];
+        ssize_t size =
+            readlinkat(dirfd(descriptors), entry->d_name, target, sizeof target);
+        if (size == length && memcmp(target, wanted, (size_t)size) == 0) {
+            owner = LISTENER_FAMILY;
+        }
+    }
+    closedir(descriptors);
+    return owner;
+}
+
+static enum listener_owner look_at_children(pid_t parent, uint32_t inode, int generation);
+
+/* The children that one thread of a process has made: /proc/PID/task/TID/children. */
+static enum listener_owner look_at_list(const char *path, uint32_t inode,
+                                        int generation) {
+    FILE *list = fopen(path, "re");
+    if (list == NULL) {
+        return errno == ESRCH ? LISTENER_OTHER : LISTENER_UNKNOWN;
+    }
+    enum listener_owner owner = LISTENER_OTHER;
+    char word[32];
+    while (owner != LISTENER_FAMILY && fscanf(list, "%31s", word) == 1) {
+        pid_t child = (pid_t)strtol(word, NULL, 10);
+        enum listener_owner found = look_at_descriptors(child, inode);
+        if (found == LISTENER_OTHER) {
+            found = look_at_children(child, inode, generation + 1);
+        }
+        owner = found != LISTENER_OTHER ? found : owner;
+    }
+    fclose(list);
+    return owner;
+}
+
+static enum listener_owner look_at_children(pid_t parent, uint32_t inode,
+                                            int generation) {
+    char path[64];
+    enum listener_owner owner = LISTENER_OTHER;
+    const struct dirent *entry;
+    snprintf(path, sizeof path, "/proc/%ld/task", (long)parent);
+    if (generation == GENERATIONS_MAX) {
+        return LISTENER_UNKNOWN;
+    }
+    DIR *threads = opendir(path);
+    if (threads == NULL) {
+        return errno == ENOENT ? LISTENER_OTHER : LISTENER_UNKNOWN;
+    }
+    while (owner != LISTENER_FAMILY && (entry = readdir(threads)) != NULL) {
+        if (entry->d_name[0] != '.') {
+            char list[sizeof path + sizeof entry->d_name + sizeof "//children"];
+            snprintf(list, sizeof list, "%s/%s/children", path, entry->d_name);
+            enum listener_owner found = look_at_list(list, inode, generation);
+            owner = found != LISTENER_OTHER ? found : owner;
+        }
+    }
+    closedir(threads);
+    return owner;
+}
+
+/* 0: unknown. */
+static pid_t parent_of(pid_t process) {
+    char path[64];
+    char stat[512];
+    snprintf(path, sizeof path, "/proc/%ld/stat", (long)process);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) {
+        return 0;
+    }
+    ssize_t size = read(file, stat, sizeof stat - 1);
+    close(file);
+    stat[size > 0 ? size : 0] = '\0';
+    /* "PID (NAME) S PPID ...": NAME may contain anything, S is one character. */
+    const char *after_name = strrchr(stat, ')');
+    return after_name != NULL && strlen(after_name) > 4
+               ? (pid_t)strtol(after_name + 4, NULL, 10)
+               : 0;
+}
+
+/* ---- interface ---- */
+
+enum listener_owner listener_owner(const struct sock_address *address, pid_t process,
+                                   uint32_t *known) {
+    struct reply reply;
+    const struct question question = new_question(address, 0, TCP_LISTEN);
+    int error = ask_kernel(&question, &reply);
+    if (error == -ENOENT) {
+        return LISTENER_NOBODY;
+    }
+    if (error != 0) {
+        return LISTENER_UNKNOWN;
+    }
+    uint32_t inode = reply.socket.idiag_inode;
+    if (inode == *known) {
+        return LISTENER_FAMILY;
+    }
+    enum listener_owner owner = look_at_descriptors(process, inode);
+    if (owner == LISTENER_OTHER) {
+        pid_t parent = parent_of(process);
+        owner = parent > 1 ? look_at_children(parent, inode, 0) : LISTENER_UNKNOWN;
+    }
+    if (owner == LISTENER_FAMILY) {
+        *known = inode;
+    }
+    return owner;
+}
+
+bool listener_has_connections(const struct sock_address *address) {
+    struct reply reply;
+    const struct question question = new_question(address, NLM_F_DUMP, TCP_ESTABLISHED);
+    return ask_kernel(&question, &reply) != -ENOENT;
+}

@@ -1,0 +1,152 @@
+/*
+ * Whose listener it is: that of a process, of its family, of others.
+ */
+#include "listener.h"
+#include "support.h"
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* A listener at |text|, and where it is. */
+static int open_listener(const char *text, struct sock_address *address) {
+    const struct sock_options options = SOCK_OPTIONS_DEFAULT;
+    int fd = -1;
+    assert_int_equal(sock_address_parse(text, 0, address), 0);
+    assert_int_equal(sock_listen(address, &options, &fd), 0);
+    assert_int_equal(sock_local(fd, address), 0);
+    return fd;
+}
+
+static enum listener_owner owner(const struct sock_address *address, pid_t process) {
+    uint32_t known = 0;
+    return listener_owner(address, process, &known);
+}
+
+/* A child that has not got |fd|, with one of its own, whose pid it tells. */
+static pid_t fork_family(int fd, pid_t *grandchild) {
+    int pids[2];
+    assert_int_equal(pipe(pids), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        close(fd);
+        pid_t own = fork();
+        if (own != 0) {
+            (void)!write(pids[1], &own, sizeof own);
+        }
+        for (;;) {
+            pause();
+        }
+    }
+    assert_int_equal(read(pids[0], grandchild, sizeof *grandchild), sizeof *grandchild);
+    close(pids[0]);
+    close(pids[1]);
+    return child;
+}
+
+static void nobody_is_there(void **state) {
+    (void)state;
+    struct sock_address address;
+    close(open_listener("127.0.0.1", &address));
+    assert_int_equal(owner(&address, getpid()), LISTENER_NOBODY);
+}
+
+static void its_own_and_its_childrens_are_the_familys(void **state) {
+    (void)state;
+    static const char *const places[] = {"127.0.0.1", "0.0.0.0", "::1", "::"};
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
+        struct sock_address address;
+        int fd = open_listener(places[i], &address);
+        assert_int_equal(owner(&address, getpid()), LISTENER_FAMILY);
+        close(fd);
+    }
+    /* Of two listeners at a port, that which a connection would reach. */
+    struct sock_address any;
+    int fd = open_listener("0.0.0.0", &any);
+    struct sock_address loopback;
+    assert_int_equal(sock_address_parse("127.0.0.1", sock_port(&any), &loopback), 0);
+    assert_int_equal(owner(&loopback, getpid()), LISTENER_FAMILY);
+    close(fd);
+}
+
+static void others_are_told_apart(void **state) {
+    (void)state;
+    struct sock_address address;
+    pid_t grandchild = 0;
+    uint32_t known = 0;
+    int fd = open_listener("127.0.0.1", &address);
+    pid_t child = fork_family(fd, &grandchild);
+    /* The child's parent has it; the grandchild's has not. */
+    assert_int_equal(listener_owner(&address, grandchild, &known), LISTENER_OTHER);
+    assert_int_equal(known, 0);
+    assert_int_equal(owner(&address, child), LISTENER_OTHER);
+    assert_int_equal(listener_owner(&address, getpid(), &known), LISTENER_FAMILY);
+    assert_int_not_equal(known, 0);
+    /* What is known needs no look at the process. */
+    assert_int_equal(listener_owner(&address, grandchild, &known), LISTENER_FAMILY);
+    close(fd);
+    fd = open_listener("127.0.0.1", &address);
+    assert_int_equal(listener_owner(&address, grandchild, &known), LISTENER_OTHER);
+    close(fd);
+    kill(grandchild, SIGKILL);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+}
+
+/* A sidecar under a wrapper: the process known is the wrapper. */
+static void a_grandchilds_is_the_familys(void **state) {
+    (void)state;
+    struct sock_address address;
+    pid_t grandchild = 0;
+    int fd = open_listener("127.0.0.1", &address);
+    pid_t child = fork();
+    if (child == 0) { /* keeps it */
+        for (;;) {
+            pause();
+        }
+    }
+    close(fd);
+    assert_int_equal(owner(&address, getpid()), LISTENER_FAMILY);
+    pid_t sibling = fork_family(-1, &grandchild);
+    assert_int_equal(owner(&address, sibling), LISTENER_FAMILY);
+    assert_int_equal(owner(&address, grandchild), LISTENER_OTHER);
+    kill(grandchild, SIGKILL);
+    kill(sibling, SIGKILL);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(sibling, NULL, 0), sibling);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_int_equal(owner(&address, getpid()), LISTENER_NOBODY);
+}
+
+static void connections_are_seen(void **state) {
+    (void)state;
+    const struct sock_options options = SOCK_OPTIONS_DEFAULT;
+    struct sock_address address;
+    int fd = open_listener("127.0.0.1", &address);
+    int connection = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_false(listener_has_connections(&address));
+    assert_int_equal(
+        connect(connection, (struct sockaddr *)&address.storage, address.size), 0);
+    assert_int_equal(send(connection, "x", 1, 0), 1); /* its listener defers accept */
+    int accepted = -1;
+    struct sock_address peer;
+    while (sock_accept(fd, &options, &accepted, &peer) == -EAGAIN) {
+    }
+    assert_true(listener_has_connections(&address));
+    close(connection);
+    close(accepted);
+    close(fd);
+    assert_false(listener_has_connections(&address));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(nobody_is_there),
+        cmocka_unit_test(its_own_and_its_childrens_are_the_familys),
+        cmocka_unit_test(others_are_told_apart),
+        cmocka_unit_test(a_grandchilds_is_the_familys),
+        cmocka_unit_test(connections_are_seen),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
