@@ -97,19 +97,23 @@ static struct mesh_upstream *find_upstream(struct mesh *mesh, const char *servic
     return NULL;
 }
 
-/* Makes room for one more in both lists. */
-static bool reserve(struct mesh *mesh) {
+/* Make room for one more. */
+static bool reserve_port(struct mesh *mesh) {
+    uint16_t *ports = realloc(mesh->used_ports, (mesh->used_count + 1) * sizeof *ports);
+    if (ports == NULL) {
+        return false;
+    }
+    mesh->used_ports = ports;
+    return true;
+}
+
+static bool reserve_upstream(struct mesh *mesh) {
     struct mesh_upstream *upstreams =
         realloc(mesh->upstreams, (mesh->upstream_count + 1) * sizeof *upstreams);
     if (upstreams == NULL) {
         return false;
     }
     mesh->upstreams = upstreams;
-    uint16_t *ports = realloc(mesh->used_ports, (mesh->used_count + 1) * sizeof *ports);
-    if (ports == NULL) {
-        return false;
-    }
-    mesh->used_ports = ports;
     return true;
 }
 
@@ -139,7 +143,8 @@ static int add_upstream(struct mesh *mesh, const struct mesh_request *request,
     }
     upstream.node = strdup(request->node);
     upstream.service_name = strdup(request->service_name);
-    if (upstream.node == NULL || upstream.service_name == NULL || !reserve(mesh)) {
+    if (upstream.node == NULL || upstream.service_name == NULL ||
+        !reserve_upstream(mesh) || !reserve_port(mesh)) {
         free(upstream.node);
         free(upstream.service_name);
         return error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s",
@@ -158,7 +163,7 @@ static int move_upstream(struct mesh *mesh, struct mesh_upstream *upstream,
     if (code != MESHX_OK) {
         return code;
     }
-    if (!reserve(mesh)) {
+    if (!reserve_port(mesh)) {
         return error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s",
                          upstream->node);
     }
