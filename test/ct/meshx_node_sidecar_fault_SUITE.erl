@@ -67,7 +67,8 @@ sidecar_killed_again_and_again(Config) ->
     [A, B] = nodes_of(Config),
     Times = lists:append([killed(A, B, Signal) || Signal <- ["TERM", "KILL", "TERM", "KILL", "KILL", "KILL", "KILL", "KILL"]]),
     ct:pal("nodedown, us after the signal was asked for: ~w", [lists:sort(Times)]),
-    ?assert(info(B, sidecar_starts) > 8),
+    links(A, B),
+    ?assertEqual(9, info(B, sidecar_starts)),
     ?assertEqual(1, info(A, sidecar_starts)),
     meshx_ct:watch(B).
 
@@ -154,7 +155,7 @@ vm_ends(Config, End) ->
     _ = noted_nodedown(A, First),
     meshx_ct:wait(
         "its check to be critical",
-        fun() -> element(1, meshx_ct:call(A, meshx_node, explain, [Name])) =:= error end,
+        fun() -> meshx_ct:call(A, meshx_node, explain, [Name]) =/= ok end,
         2000
     ),
     Again = meshx_ct:start(Config, ends, #{args => Args}),
@@ -215,17 +216,21 @@ upstream_port_taken(Config) ->
     #{node := NameB} = B = slow_to_restart(Config, robbed),
     #{node := NameA} = A,
     links(B, A),
-    [#{node := NameA, port := Port}] = info(B, upstreams),
+    Port = upstream_port(B, NameA),
     meshx_ct_proc:signal(meshx_ct:sidecar(B), "KILL"),
     Stranger = take_port(Port),
     Mark = meshx_ct:mark(B),
     meshx_ct:wait("the link's end", fun() -> not lists:member(NameB, meshx_ct:call(A, erlang, nodes, [])) end),
     links(B, A),
     ?assert(meshx_ct:has_line(B, Mark, "another program: the sidecar of robbed@.* will lead there from port")),
-    ?assertNotMatch([#{port := Port}], info(B, upstreams)),
+    ?assertNotEqual(Port, upstream_port(B, NameA)),
     ?assertEqual({error, timeout}, gen_tcp:accept(Stranger, 0)),
     meshx_ct:watch(B),
     gen_tcp:close(Stranger).
+
+upstream_port(Node, Name) ->
+    [Port] = [Port || #{node := To, port := Port} <- info(Node, upstreams), To =:= atom_to_binary(Name)],
+    Port.
 
 %%% Upstreams
 
@@ -270,11 +275,11 @@ departed_node(Config) ->
     #{node := Name} = Gone = meshx_ct:start(Config, departs, #{}),
     links(A, B),
     links(A, Gone),
-    Upstreams = fun() -> lists:sort(meshx_ct_agent:upstreams(Agent, maps:get(node, A))) end,
-    ?assertEqual(lists:sort([atom_to_binary(NameB), atom_to_binary(Name)]), Upstreams()),
+    HasWay = fun(To) -> lists:member(atom_to_binary(To), meshx_ct_agent:upstreams(Agent, maps:get(node, A))) end,
+    ?assertEqual({true, true}, {HasWay(NameB), HasWay(Name)}),
     meshx_ct:stop(Gone),
-    meshx_ct:wait("its upstream to be removed", fun() -> Upstreams() =:= [atom_to_binary(NameB)] end),
-    ?assertMatch([#{node := NameB}], info(A, upstreams)),
+    meshx_ct:wait("its upstream to be removed", fun() -> not HasWay(Name) end),
+    ?assert(HasWay(NameB)),
     ?assert(lists:member(NameB, meshx_ct:call(A, erlang, nodes, []))),
     Back = meshx_ct:start(Config, departs, #{}),
     links(A, Back).
