@@ -235,8 +235,8 @@ enum meshx_upstream_mode {
  * Asks for the local port at which the sidecar forwards to |node|, whose service Name is
  * |service_name|. An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
  * when the node service stops first). The port of an upstream never changes while the
- * sidecar process lives, once that listens there. Returns MESHX_OK, or MESHX_ENOMEM or MESHX_ESTOPPED (STOPPED was
- * sent, or the loop is stopping) and makes no event.
+ * sidecar process lives, once that listens there. Returns MESHX_OK, or MESHX_ENOMEM or
+ * MESHX_ESTOPPED (STOPPED was sent, or the loop is stopping) and makes no event.
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
                         const char *service_name, enum meshx_upstream_mode mode);

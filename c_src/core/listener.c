@@ -65,6 +65,7 @@ static int ask_kernel(const struct question *question, struct reply *out) {
         struct reply reply;
         char bytes[8192]; /* the kernel fills in as many messages as fit */
     } received;
+    memset(out, 0, sizeof *out);
     int netlink = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
     if (netlink < 0) {
         return -errno;
@@ -78,7 +79,6 @@ static int ask_kernel(const struct question *question, struct reply *out) {
     if (error != 0) {
         return error;
     }
-    memset(out, 0, sizeof *out);
     memcpy(out, &received, (size_t)size < sizeof *out ? (size_t)size : sizeof *out);
     if (out->header.nlmsg_type == NLMSG_DONE) {
         return -ENOENT;
@@ -122,8 +122,9 @@ static enum listener_owner look_at_children(pid_t parent, uint32_t inode, int ge
 static enum listener_owner look_at_list(const char *path, uint32_t inode,
                                         int generation) {
     FILE *list = fopen(path, "re");
-    if (list == NULL) {
-        return errno == ESRCH ? LISTENER_OTHER : LISTENER_UNKNOWN;
+    if (list == NULL) { /* the thread has ended, or kernels without such lists */
+        return access("/proc/thread-self/children", F_OK) == 0 ? LISTENER_OTHER
+                                                               : LISTENER_UNKNOWN;
     }
     enum listener_owner owner = LISTENER_OTHER;
     char word[32];
@@ -197,7 +198,7 @@ enum listener_owner listener_owner(const struct sock_address *address, pid_t pro
         return LISTENER_UNKNOWN;
     }
     uint32_t inode = reply.socket.idiag_inode;
-    if (inode == *known) {
+    if (inode == *known && inode != 0) {
         return LISTENER_FAMILY;
     }
     enum listener_owner owner = look_at_descriptors(process, inode);

@@ -32,6 +32,8 @@
 /* How long a sidecar may take to open an upstream, and how often it is looked for. */
 #define OPEN_TIME 5000
 #define OPEN_INTERVAL 2
+/* From then on "unknown" is what the system has to say about it. */
+#define OPEN_UNKNOWN 20
 /* Moves of an upstream on behalf of one request. */
 #define MOVES_MAX 3
 
@@ -283,9 +285,11 @@ static bool is_closed(struct mesh_request *request, bool *changed) {
         request->revision = upstream->revision;
         return false;
     }
+    uint64_t now = loop_now();
+    uint64_t left = now < request->open_by ? request->open_by - now : 0;
     switch (owner_of(mesh, upstream)) {
     case LISTENER_NOBODY:
-        if (loop_now() < request->open_by) {
+        if (left > 0) {
             return true;
         }
         error_set(&failure, MESHX_ESIDECAR_DOWN,
@@ -297,8 +301,12 @@ static bool is_closed(struct mesh_request *request, bool *changed) {
     case LISTENER_OTHER:
         move(request, upstream, changed);
         return false;
-    case LISTENER_FAMILY:
     case LISTENER_UNKNOWN:
+        if (mesh->sidecar != NULL && left > OPEN_TIME - OPEN_UNKNOWN) {
+            return true;
+        }
+        break;
+    case LISTENER_FAMILY:
         break;
     }
     answer(request, NULL, upstream->port);

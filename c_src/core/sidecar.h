@@ -13,8 +13,9 @@
  *   stopping   -> idle        the guard's socket closed, or there was no guard
  *
  * A guard that does not close its socket within the stop timeout and one second more is
- * killed, and given up if that does not help within another second. The back-off doubles from restart_min to restart_max and is reset by
- * sidecar_start() and after the sidecar ran for longer than restart_max.
+ * killed, and given up if that does not help within another second. The back-off doubles
+ * from restart_min to restart_max and is reset by sidecar_start() and after the sidecar
+ * ran for longer than restart_max.
  */
 #ifndef MESHX_CORE_SIDECAR_H
 #define MESHX_CORE_SIDECAR_H
