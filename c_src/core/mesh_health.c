@@ -178,7 +178,7 @@ void mesh_heartbeat(struct mesh *mesh) {
         mesh_probe_sidecar(mesh, 0, 0);
     }
     if (!any_trouble(mesh)) {
-        mesh_upstream_sweep(mesh);
+        mesh_departure_sweep(mesh);
     }
 }
 

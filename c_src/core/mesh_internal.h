@@ -18,6 +18,7 @@
  * mesh_registration.c  desired against applied: the one writer of the registration
  * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
  * mesh_upstream.c      lookups and upstreams
+ * mesh_departure.c     upstreams of nodes that are gone
  * mesh_stop.c          drain, stop
  */
 #ifndef MESHX_CORE_MESH_INTERNAL_H
@@ -271,8 +272,8 @@ void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,
 void mesh_upstream_send(struct mesh *mesh);
 /* Answers those whose upstream is open by now; moves those that someone else has. */
 void mesh_upstream_look(struct mesh *mesh);
-/* Asks for one of them whether its node has left the catalog for good. */
-void mesh_upstream_sweep(struct mesh *mesh);
+/* That of a service, or NULL. */
+struct mesh_upstream *mesh_upstream_find(struct mesh *mesh, const char *service_name);
 /* A new sidecar process: only the ports of current upstreams are in use. */
 void mesh_upstream_new_sidecar(struct mesh *mesh);
 bool mesh_upstream_port_used(void *mesh, uint16_t port);
@@ -280,6 +281,10 @@ bool mesh_upstream_port_used(void *mesh, uint16_t port);
 void mesh_upstream_stop(struct mesh *mesh);
 /* Frees requests and upstreams; the agent's answers can't come any more. */
 void mesh_upstream_fini(struct mesh *mesh);
+
+/* mesh_departure.c */
+/* Asks the agent about the node of one upstream; which one, changes from call to call. */
+void mesh_departure_sweep(struct mesh *mesh);
 
 /* mesh_stop.c */
 void mesh_drain(struct mesh *mesh);

@@ -90,7 +90,7 @@ static bool port_taken(void *context, uint16_t port) {
            mesh_upstream_port_used(context, port);
 }
 
-static struct mesh_upstream *find_upstream(struct mesh *mesh, const char *service_name) {
+struct mesh_upstream *mesh_upstream_find(struct mesh *mesh, const char *service_name) {
     for (size_t i = 0; i < mesh->upstream_count; i++) {
         if (strcmp(mesh->upstreams[i].service_name, service_name) == 0) {
             return &mesh->upstreams[i];
@@ -275,7 +275,7 @@ static void move(struct mesh_request *request, struct mesh_upstream *upstream,
 static bool is_closed(struct mesh_request *request, bool *changed) {
     struct mesh *mesh = request->mesh;
     struct meshx_failure failure;
-    struct mesh_upstream *upstream = find_upstream(mesh, request->service_name);
+    struct mesh_upstream *upstream = mesh_upstream_find(mesh, request->service_name);
     if (upstream == NULL || (mesh->sidecar != NULL && mesh->sidecar_pid == 0)) {
         answer_sidecar_down(request);
         return false;
@@ -409,7 +409,7 @@ static void gather(struct mesh *mesh, uint64_t revision) {
 static void dial(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     struct meshx_failure failure;
-    struct mesh_upstream *upstream = find_upstream(mesh, request->service_name);
+    struct mesh_upstream *upstream = mesh_upstream_find(mesh, request->service_name);
     if (upstream == NULL) {
         if (add_upstream(mesh, request, &failure) != MESHX_OK) {
             answer(request, &failure, 0);
@@ -434,76 +434,6 @@ static void dial(struct mesh_request *request) {
     request->revision = upstream->revision;
     if (upstream->revision > mesh->registration.wanted) {
         gather(mesh, upstream->revision);
-    }
-}
-
-/* ---- departed nodes ---- */
-
-static void depart(struct mesh *mesh, struct mesh_upstream *upstream) {
-    mesh_log(mesh, MESHX_LEVEL_INFO,
-             "%s has not been in Consul's catalog for %llu s: the sidecar of %s needs no "
-             "way to it any more",
-             upstream->node,
-             (unsigned long long)(loop_now() - upstream->absent_since) / 1000,
-             mesh->config.values.node);
-    upstream->absent_since = 0;
-    upstream->departed = true;
-    upstream->departure = mesh->registration.wanted + 1;
-    mesh_registration_change(mesh);
-}
-
-static bool is_listed(const struct document_instances *instances, const char *node) {
-    for (size_t i = 0; i < instances->count; i++) {
-        const char *name = instances->items[i].node;
-        if (name != NULL && strcmp(name, node) == 0) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* A link to a node that is not in the catalog (its agent is down) keeps its upstream. */
-static void on_swept(const struct meshx_failure *failure,
-                     const struct document_instances *instances, void *argument) {
-    struct mesh *mesh = argument;
-    struct mesh_upstream *upstream = find_upstream(mesh, mesh->swept);
-    struct sock_address address;
-    free(mesh->swept);
-    mesh->swept = NULL;
-    if (failure != NULL || upstream == NULL || upstream->departed || mesh->draining ||
-        mesh->state != MESHX_STATE_READY) {
-        return;
-    }
-    uint64_t now = loop_now();
-    if (is_listed(instances, upstream->node)) {
-        upstream->absent_since = 0;
-    } else if (upstream->absent_since == 0) {
-        upstream->absent_since = now;
-    } else if (now - upstream->absent_since >= mesh->config.values.upstream_keep &&
-               at_port(upstream->port, &address) && !listener_has_connections(&address)) {
-        depart(mesh, upstream);
-    }
-}
-
-void mesh_upstream_sweep(struct mesh *mesh) {
-    if (mesh->swept != NULL) {
-        return;
-    }
-    for (size_t i = 0; mesh->swept == NULL && i < mesh->upstream_count; i++) {
-        mesh->sweep_next = (mesh->sweep_next + 1) % mesh->upstream_count;
-        const struct mesh_upstream *upstream = &mesh->upstreams[mesh->sweep_next];
-        if (!upstream->departed) {
-            mesh->swept = strdup(upstream->service_name);
-            if (mesh->swept == NULL) {
-                return;
-            }
-        }
-    }
-    if (mesh->swept != NULL &&
-        consul_instances(mesh->consul, CONSUL_HEALTH_SERVICE, mesh->swept, on_swept,
-                         mesh) != MESHX_OK) {
-        free(mesh->swept);
-        mesh->swept = NULL;
     }
 }
 
