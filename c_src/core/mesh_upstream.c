@@ -29,9 +29,11 @@
  * after so long. */
 #define GATHER_PAUSE 50
 #define GATHER_MAX 1000
-/* How long a sidecar may take to open an upstream, and how often it is looked for. */
+/* How long a sidecar may take to open an upstream. It is looked for with pauses that grow
+ * between these, since it takes some milliseconds or very long. */
 #define OPEN_TIME 5000
-#define OPEN_INTERVAL 2
+#define OPEN_PAUSE_MIN 2
+#define OPEN_PAUSE_MAX 100
 /* From then on "unknown" is what the system has to say about it. */
 #define OPEN_UNKNOWN 20
 /* Moves of an upstream on behalf of one request. */
@@ -314,17 +316,22 @@ static bool is_closed(struct mesh_request *request, bool *changed) {
 }
 
 void mesh_upstream_look(struct mesh *mesh) {
+    uint64_t waited = OPEN_TIME; /* by the last that still does */
     bool waiting = false;
     bool changed = false;
     struct mesh_request *next = NULL;
     for (struct mesh_request *request = mesh->requests; request != NULL; request = next) {
         next = request->next;
         if (request->open_by != 0 && !request->answered && is_closed(request, &changed)) {
+            uint64_t since = loop_now() + OPEN_TIME - request->open_by;
+            waited = since < waited ? since : waited;
             waiting = true;
         }
     }
     if (waiting) {
-        loop_timer_start(mesh->open, OPEN_INTERVAL);
+        uint64_t pause = waited / 8;
+        pause = pause > OPEN_PAUSE_MIN ? pause : OPEN_PAUSE_MIN;
+        loop_timer_start(mesh->open, pause < OPEN_PAUSE_MAX ? pause : OPEN_PAUSE_MAX);
     }
     if (changed) {
         mesh_registration_change(mesh);
