@@ -62,11 +62,15 @@ static const char *kind_of(const json_t *value) {
 static int parse_template(const char *text, json_t **out, struct meshx_failure *failure) {
     json_error_t error;
     json_t *value = json_loads(text, JSON_REJECT_DUPLICATES, &error);
+    if (value == NULL && ran_out_of_memory(&error)) {
+        return out_of_memory(failure);
+    }
     if (value == NULL) {
-        return ran_out_of_memory(&error)
-                   ? out_of_memory(failure)
-                   : error_set(failure, MESHX_ECONFIG, "line %d, column %d: %s",
-                               error.line, error.column, error.text);
+        /* Without what jansson quotes: a template may hold a secret. */
+        const char *quote = strstr(error.text, " near ");
+        size_t size = quote == NULL ? strlen(error.text) : (size_t)(quote - error.text);
+        return error_set(failure, MESHX_ECONFIG, "line %d, column %d: %.*s", error.line,
+                         error.column, (int)size, error.text);
     }
     if (!json_is_object(value)) {
         int result =

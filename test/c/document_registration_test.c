@@ -337,6 +337,23 @@ static void malformed_templates(void **state) {
     }
 }
 
+/* It may hold a secret. */
+static void quotes_nothing_of_a_template(void **state) {
+    (void)state;
+    static const char *const wrong[] = {
+        "{\"Meta\": s3cret}",
+        "{\"Meta\": \"s3cret}",
+        "{\"Meta\": {\"a\":1} s3cret",
+        "{\"s3cret\": 1, \"s3cret\": 2}",
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        struct meshx_failure failure = {0};
+        assert_int_equal(document_check_template(wrong[i], &failure), MESHX_ECONFIG);
+        assert_int_equal(strncmp(failure.text, "line 1, column ", 15), 0);
+        assert_null(strstr(failure.text, "s3cret"));
+    }
+}
+
 static char *nested(size_t depth, char open, char close) {
     char *text = malloc(depth * 2 + 7);
     assert_non_null(text);
@@ -466,6 +483,7 @@ int main(void) {
         cmocka_unit_test(upstream_templates_are_merged),
         cmocka_unit_test(templates_that_do_not_fit),
         cmocka_unit_test(malformed_templates),
+        cmocka_unit_test(quotes_nothing_of_a_template),
         cmocka_unit_test(deep_templates),
         cmocka_unit_test(good_templates_check),
         cmocka_unit_test(registration_without_memory),
