@@ -1,4 +1,4 @@
-%% The NIF library's functions, as they are: stubs and types, no policy.
+%% The NIF library's functions, as they are: types, how it is loaded, no policy.
 %%
 %% Sockets: c_src/nif/socket.h (life, owner, locks), c_src/nif/link.c (framed input and output).
 %% Node services: c_src/nif/mesh.h (events), include/meshx_node.h (what they mean).
@@ -69,13 +69,19 @@
 
 %% Loads the library; must come before anything else here, may be repeated. Not by -on_load:
 %% in embedded mode its handlers run after net_sup has started, which needs us.
+%%
+%% The module is sticky from then on: a second load is refused, as for kernel's own modules. For
+%% those who insist (cover), new code takes over from old: links and node services go on. But not
+%% if the old code is purged before the new is called: its sockets and handles go with it.
 -spec load() -> ok | {error, failure()}.
 load() ->
     Path = filename:join(meshx_node_path:priv_dir(), "meshx_node"),
     case erlang:load_nif(Path, ?ABI_VERSION) of
         ok ->
+            true = code:stick_mod(?MODULE),
             ok;
-        {error, {reload, _}} ->
+        %% It has it already; or there is newer code, for whose calls this is.
+        {error, {Reason, _}} when Reason =:= reload; Reason =:= old_code ->
             ok;
         {error, {Reason, Text}} ->
             {error,
@@ -88,14 +94,14 @@ load() ->
 %% Opens a listener, owned by the caller. Port 0: any free one.
 -spec listen(inet:ip_address(), inet:port_number(), options()) ->
     {ok, socket()} | {error, inet:posix()}.
-listen(_Ip, _Port, _Options) ->
-    not_loaded().
+listen(Ip, Port, Options) ->
+    load_and_call(?FUNCTION_NAME, [Ip, Port, Options]).
 
 %% Accepts one connection, owned by the caller. `wait': {select, Listener, undefined,
 %% ready_input} will come when there may be one.
 -spec accept(socket(), options()) -> {ok, socket()} | wait | error().
-accept(_Listener, _Options) ->
-    not_loaded().
+accept(Listener, Options) ->
+    load_and_call(?FUNCTION_NAME, [Listener, Options]).
 
 %% Begins to connect. `wait': after {select, Link, undefined, ready_output} ask connected/1.
 -spec connect(
@@ -104,23 +110,23 @@ accept(_Listener, _Options) ->
     undefined | {inet:ip_address(), inet:port_number()},
     options()
 ) -> {ok, socket()} | {wait, socket()} | {error, inet:posix()}.
-connect(_Ip, _Port, _Bind, _Options) ->
-    not_loaded().
+connect(Ip, Port, Bind, Options) ->
+    load_and_call(?FUNCTION_NAME, [Ip, Port, Bind, Options]).
 
 %% The outcome of connect/4; `wait' as there.
 -spec connected(socket()) -> ok | wait | error().
-connected(_Link) ->
-    not_loaded().
+connected(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Makes another process the owner.
 -spec controlling_process(socket(), pid()) -> ok | {error, closed}.
-controlling_process(_Socket, _Pid) ->
-    not_loaded().
+controlling_process(Socket, Pid) ->
+    load_and_call(?FUNCTION_NAME, [Socket, Pid]).
 
 -spec address(socket(), local | peer) ->
     {ok, {inet:ip_address(), inet:port_number()}} | error().
-address(_Socket, _Which) ->
-    not_loaded().
+address(Socket, Which) ->
+    load_and_call(?FUNCTION_NAME, [Socket, Which]).
 
 %% The user of the operating system whose process has the other end; `own': the VM's effective
 %% one. enoent: no process of this host has it, since it is closed or elsewhere.
@@ -130,82 +136,86 @@ peer_uid(_Link) ->
 
 %% Closes at once; what the kernel has not taken is lost. Idempotent.
 -spec close(socket()) -> ok.
-close(_Socket) ->
-    not_loaded().
+close(Socket) ->
+    load_and_call(?FUNCTION_NAME, [Socket]).
 
 -spec setopt(socket(), option(), integer()) -> ok | error().
-setopt(_Socket, _Option, _Value) ->
-    not_loaded().
+setopt(Socket, Option, Value) ->
+    load_and_call(?FUNCTION_NAME, [Socket, Option, Value]).
 
 -spec getopt(socket(), option()) -> {ok, integer()} | error().
-getopt(_Socket, _Option) ->
-    not_loaded().
+getopt(Socket, Option) ->
+    load_and_call(?FUNCTION_NAME, [Socket, Option]).
 
 %% 2-byte lengths (handshake, as a new link has) or 4-byte ones (distribution).
 -spec framing(socket(), handshake | distribution) -> ok.
-framing(_Link, _Framing) ->
-    not_loaded().
+framing(Link, Framing) ->
+    load_and_call(?FUNCTION_NAME, [Link, Framing]).
 
 %% What has arrived: `more', call again; `wait', a {select, Link, undefined, ready_input} will
 %% come. In the handshake one frame at most. Ticks are counted, not delivered.
 -spec read(socket()) -> {more | wait, [binary()]} | error().
-read(_Link) ->
-    not_loaded().
+read(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Writes frames; what does not fit is kept. `more': call flush/1; `wait': call it after
 %% {select, Link, undefined, ready_output}. The next write must come after an `ok'.
 -spec write(socket(), [frame()]) -> write_result().
-write(_Link, _Frames) ->
-    not_loaded().
+write(Link, Frames) ->
+    load_and_call(?FUNCTION_NAME, [Link, Frames]).
 
 -spec flush(socket()) -> write_result().
-flush(_Link) ->
-    not_loaded().
+flush(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Writes an empty frame if nothing else is under way. Any process; never waits.
 -spec tick(socket()) -> ok | error().
-tick(_Link) ->
-    not_loaded().
+tick(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Counts since the link was made. Any process; takes no lock.
 -spec statistics(socket()) -> statistics().
-statistics(_Link) ->
-    not_loaded().
+statistics(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Begins to start a node service; {meshx_event, Tag, Type, Data} messages follow
 %% (c_src/nif/mesh.h lists them). Config is meshx_node_config:load/1's with `listen_address'
 %% and `listen_port'. `stopping': the VM's former one has not ended yet, try again.
 -spec mesh_open(map(), term()) -> {ok, mesh()} | stopping | {error, failure()}.
-mesh_open(_Config, _Tag) ->
-    not_loaded().
+mesh_open(Config, Tag) ->
+    load_and_call(?FUNCTION_NAME, [Config, Tag]).
 
 %% Asks for the sidecar's local port towards a node; an `upstream' event answers.
 -spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask) ->
     ok | {error, atom()}.
-mesh_upstream(_Mesh, _Request, _Node, _ServiceName, _Mode) ->
-    not_loaded().
+mesh_upstream(Mesh, Request, Node, ServiceName, Mode) ->
+    load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceName, Mode]).
 
 %% Asks for an `info' event.
 -spec mesh_info(mesh(), non_neg_integer()) -> ok | {error, atom()}.
-mesh_info(_Mesh, _Request) ->
-    not_loaded().
+mesh_info(Mesh, Request) ->
+    load_and_call(?FUNCTION_NAME, [Mesh, Request]).
 
 %% The VM answers: its check may pass for another TTL.
 -spec mesh_renew(mesh()) -> ok.
-mesh_renew(_Mesh) ->
-    not_loaded().
+mesh_renew(Mesh) ->
+    load_and_call(?FUNCTION_NAME, [Mesh]).
 
 %% Lets the checks fail, so that peers stop dialing.
 -spec mesh_drain(mesh()) -> ok.
-mesh_drain(_Mesh) ->
-    not_loaded().
+mesh_drain(Mesh) ->
+    load_and_call(?FUNCTION_NAME, [Mesh]).
 
 %% Deregisters and stops the sidecar; a `stopped' event follows.
 -spec mesh_stop(mesh()) -> ok.
-mesh_stop(_Mesh) ->
-    not_loaded().
+mesh_stop(Mesh) ->
+    load_and_call(?FUNCTION_NAME, [Mesh]).
 
-%% term(), not no_return(): dialyzer must not take the stubs for what they do.
--spec not_loaded() -> term().
-not_loaded() ->
-    erlang:nif_error(not_loaded).
+%% Code that was loaded anew gets the library by its first call. term(): dialyzer must not take
+%% the stubs for what they do.
+-spec load_and_call(atom(), [term()]) -> term().
+load_and_call(Function, Arguments) ->
+    case load() of
+        ok -> apply(?MODULE, Function, Arguments);
+        {error, Failure} -> erlang:nif_error({not_loaded, Failure})
+    end.

@@ -20,8 +20,11 @@
 #include "terms.h"
 #include <stdatomic.h>
 
-/* The library's private data. */
+/* The library's private data; the module's current code and its old code have the same.
+ */
 struct library {
+    const void *build; /* stays the first field: other builds look at it */
+    atomic_uint users; /* 1 or 2 */
     struct meshx_loop *loop;
     atomic_bool occupied; /* from mesh_open to the release of the node service */
 };

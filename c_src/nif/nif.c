@@ -1,9 +1,10 @@
 /*
  * Load, upgrade and unload of the NIF library, and its function table.
  *
- * The library's private data holds the one control thread. An upgrade hands it over;
- * unload joins the thread. Unload waits until no resource is left, so by then every
- * node service has been given up and has only its orderly stop to finish.
+ * The library's private data holds the one control thread. Code of the module that is
+ * loaded anew shares it with the code before it; unload, when the last of them is purged,
+ * joins the thread. Unload waits until no resource is left, so by then every node service
+ * has been given up and has only its orderly stop to finish.
  */
 #include "link.h"
 #include "mesh.h"
@@ -16,28 +17,38 @@
 /* How long unload lets node services stop in order; it blocks a scheduler meanwhile. */
 #define UNLOAD_GRACE_MS 500
 
-static bool open_types(ErlNifEnv *env, ERL_NIF_TERM load_info) {
+/* Its address tells this build of the library from another one in the same VM. */
+static const char build;
+
+static bool open_types(ErlNifEnv *env) {
     ErlNifResourceFlags flags =
         (ErlNifResourceFlags)(ERL_NIF_RT_CREATE | ERL_NIF_RT_TAKEOVER);
+
+    return socket_open_type(env, flags) && mesh_open_type(env, flags);
+}
+
+static bool is_version(ErlNifEnv *env, ERL_NIF_TERM load_info) {
     int version;
 
-    if (!enif_get_int(env, load_info, &version) || version != ABI_VERSION) {
-        return false;
-    }
-    terms_init(env);
-    return socket_open_type(env, flags) && mesh_open_type(env, flags);
+    return enif_get_int(env, load_info, &version) && version == ABI_VERSION;
 }
 
 static int load(ErlNifEnv *env, void **priv_data, ERL_NIF_TERM load_info) {
     struct library *library;
 
-    if (!open_types(env, load_info)) {
+    if (!is_version(env, load_info)) {
+        return -1;
+    }
+    terms_init(env);
+    if (!open_types(env)) {
         return -1;
     }
     library = enif_alloc(sizeof *library);
     if (library == NULL) {
         return -1;
     }
+    library->build = &build;
+    atomic_init(&library->users, 1);
     atomic_init(&library->occupied, false);
     if (meshx_loop_start(&library->loop) != MESHX_OK) {
         enif_free(library);
@@ -47,13 +58,17 @@ static int load(ErlNifEnv *env, void **priv_data, ERL_NIF_TERM load_info) {
     return 0;
 }
 
+/* NIFs called by the old code may be running: what they use must not change. So another
+ * build, whose resources may look different, is refused; this one is all set up. */
 static int upgrade(ErlNifEnv *env, void **priv_data, void **old_priv_data,
                    ERL_NIF_TERM load_info) {
-    if (!open_types(env, load_info)) {
+    struct library *library = *old_priv_data;
+
+    if (!is_version(env, load_info) || library->build != &build || !open_types(env)) {
         return -1;
     }
-    *priv_data = *old_priv_data;
-    *old_priv_data = NULL;
+    atomic_fetch_add(&library->users, 1);
+    *priv_data = library;
     return 0;
 }
 
@@ -61,7 +76,7 @@ static void unload(ErlNifEnv *env, void *priv_data) {
     struct library *library = priv_data;
 
     (void)env;
-    if (library != NULL) { /* NULL: handed over by an upgrade */
+    if (atomic_fetch_sub(&library->users, 1) == 1) {
         meshx_loop_stop(library->loop, UNLOAD_GRACE_MS);
         enif_free(library);
     }
