@@ -20,8 +20,10 @@ C_TESTS := $(patsubst test/c/%_test.c,%,$(wildcard test/c/*_test.c))
 # Modules with threads or a loop also run under ThreadSanitizer.
 TSAN_TESTS := $(filter loop% http% consul% probe% sidecar% mesh%,$(C_TESTS))
 C_TEST_SUPPORT := $(filter-out %_test.c,$(wildcard test/c/*.c))
+FUZZ := $(patsubst test/fuzz/%_fuzz.c,%,$(wildcard test/fuzz/*_fuzz.c))
+FUZZ_SUPPORT := $(filter-out %_fuzz.c,$(wildcard test/fuzz/*.c))
 C_SOURCES := $(CORE) $(NIF) $(GUARD)
-C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch] test/bench/*.c)
+C_FILES := $(C_SOURCES) $(wildcard c_src/*/*.h include/*.h test/c/*.[ch] test/fuzz/*.[ch] test/bench/*.c)
 
 WARNINGS := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wshadow -Wconversion
 OWN_CFLAGS := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -pthread $(WARNINGS) \
@@ -29,12 +31,15 @@ OWN_CFLAGS := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -pthread $(WARNIN
 CFLAGS_release := -O2 -g -DNDEBUG
 CFLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CFLAGS_tsan := -O1 -g -fsanitize=thread
+# libFuzzer is clang's.
+CC_fuzz := clang
+CFLAGS_fuzz := -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined
 
 # Sets PACKAGE_CFLAGS, PACKAGE_LIBS and ERL_CFLAGS; newer than the objects when any flag, the
 # compiler or the Erlang has changed since.
 CONFIG := $(BUILD)/config.mk
 $(shell CC='$(CC)' ERL='$(ERL)' PKG_CONFIG='$(PKG_CONFIG)' .ci/configure $(CONFIG) \
-	'$(OWN_CFLAGS) $(CFLAGS_release) $(CFLAGS_asan) $(CFLAGS_tsan) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)')
+	'$(OWN_CFLAGS) $(CFLAGS_release) $(CFLAGS_asan) $(CFLAGS_tsan) $(CFLAGS_fuzz) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)')
 include $(CONFIG)
 CFLAGS_all = $(OWN_CFLAGS) $(PACKAGE_CFLAGS) $(CPPFLAGS) $(CFLAGS)
 
@@ -44,42 +49,54 @@ all: native ## build the NIF, the guard and, if there is a rebar3, the Erlang mo
 native: priv/meshx_node.so priv/meshx_guard ## build the C part only (rebar3 compile calls this)
 	@:
 
-# ---- C. $(1) is release, asan or tsan, each with a folder of its own.
+# ---- C. $(1) is release, asan, tsan or fuzz, each with a folder of its own.
 .SECONDARY:
 define variant
 $(BUILD)/$(1)/core/%.o: c_src/core/%.c $(CONFIG)
 	@mkdir -p $$(@D)
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -MMD -MP -c $$< -o $$@
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) $$(CFLAGS_all) -MMD -MP -c $$< -o $$@
 $(BUILD)/$(1)/libmeshx_core.a: $$(CORE:c_src/%.c=$(BUILD)/$(1)/%.o) c_src/core
 	@rm -f $$@
 	$$(Q)$$(AR) rcs $$@ $$(filter %.o,$$^)
 $(BUILD)/$(1)/nif/%.o: c_src/nif/%.c $(CONFIG)
 	@mkdir -p $$(@D)
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) $$(ERL_CFLAGS) -MMD -MP -c $$< -o $$@
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) $$(CFLAGS_all) $$(ERL_CFLAGS) -MMD -MP -c $$< -o $$@
 # nodelete: threads of the libraries may still be in their last frames when the VM unloads us.
 $(BUILD)/$(1)/meshx_node.so: $$(NIF:c_src/%.c=$(BUILD)/$(1)/%.o) $(BUILD)/$(1)/libmeshx_core.a c_src/nif
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) -shared -pthread -Wl,-z,nodelete $$(LDFLAGS) $$(filter %.o %.a,$$^) -o $$@ $$(PACKAGE_LIBS)
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) -shared -pthread -Wl,-z,nodelete $$(LDFLAGS) $$(filter %.o %.a,$$^) -o $$@ $$(PACKAGE_LIBS)
 $(BUILD)/$(1)/meshx_guard: $$(GUARD) $$(wildcard c_src/guard/*.h) $(CONFIG)
 	@mkdir -p $$(@D)
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(filter-out -fPIC,$$(CFLAGS_all)) $$(GUARD) $$(LDFLAGS) -o $$@
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) $$(filter-out -fPIC,$$(CFLAGS_all)) $$(GUARD) $$(LDFLAGS) -o $$@
 $(BUILD)/$(1)/test/%.o: test/c/%.c $(CONFIG)
 	@mkdir -p $$(@D)
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) $$(CFLAGS_all) -Itest/c -MMD -MP -c $$< -o $$@
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) $$(CFLAGS_all) -Itest/c -MMD -MP -c $$< -o $$@
 # An archive too, so that a test links only what it uses.
 $(BUILD)/$(1)/libmeshx_test.a: $$(C_TEST_SUPPORT:test/c/%.c=$(BUILD)/$(1)/test/%.o) test/c
 	@rm -f $$@
 	$$(Q)$$(AR) rcs $$@ $$(filter %.o,$$^)
 $(BUILD)/$(1)/test/%_test: $(BUILD)/$(1)/test/%_test.o $(BUILD)/$(1)/libmeshx_test.a $(BUILD)/$(1)/libmeshx_core.a
 	@echo '  CC  $$@'
-	$$(Q)$$(CC) $$(CFLAGS_$(1)) -pthread $$(LDFLAGS) -Wl,--start-group $$^ -Wl,--end-group -o $$@ $$(PACKAGE_LIBS) -lcmocka \
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(CFLAGS_$(1)) -pthread $$(LDFLAGS) -Wl,--start-group $$^ -Wl,--end-group -o $$@ $$(PACKAGE_LIBS) -lcmocka \
 		-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup
 endef
-$(foreach v,release asan tsan,$(eval $(call variant,$(v))))
+$(foreach v,release asan tsan fuzz,$(eval $(call variant,$(v))))
+
+# Fuzz targets may include a .c of c_src: what is static there is under test, too.
+$(BUILD)/fuzz/fuzz/%.o: test/fuzz/%.c $(CONFIG)
+	@mkdir -p $(@D)
+	@echo '  CC  $@'
+	$(Q)$(CC_fuzz) $(CFLAGS_fuzz) $(CFLAGS_all) $(ERL_CFLAGS) -Ic_src/nif -MMD -MP -c $< -o $@
+$(BUILD)/fuzz/libmeshx_fuzz.a: $(FUZZ_SUPPORT:test/fuzz/%.c=$(BUILD)/fuzz/fuzz/%.o) $(BUILD)/fuzz/nif/terms.o test/fuzz
+	@rm -f $@
+	$(Q)$(AR) rcs $@ $(filter %.o,$^)
+$(BUILD)/fuzz/fuzz/%_fuzz: $(BUILD)/fuzz/fuzz/%_fuzz.o $(BUILD)/fuzz/libmeshx_fuzz.a $(BUILD)/fuzz/libmeshx_core.a
+	@echo '  CC  $@'
+	$(Q)$(CC_fuzz) $(CFLAGS_fuzz) -fsanitize=fuzzer -pthread $(LDFLAGS) -Wl,--start-group $^ -Wl,--end-group -o $@ $(PACKAGE_LIBS)
 
 priv/%: $(BUILD)/release/%
 	@mkdir -p $(@D)
@@ -93,6 +110,10 @@ test-c-tsan-%: $(BUILD)/tsan/test/%_test $(BUILD)/tsan/meshx_guard
 	@$(RUN_C_TEST)
 test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard ## one C module's tests under ASan+UBSan (test-c-tsan-%: TSan)
 	@$(RUN_C_TEST)
+fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (10); all of its corpus first
+	@.ci/fuzz $< $(or $(SECONDS),10)
+fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fails
+	@for target in $(FUZZ); do $(MAKE) fuzz-$$target SECONDS=$(or $(SECONDS),30) || exit 1; done
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
 		$(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
@@ -102,14 +123,14 @@ ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites
 		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_link meshx_node_load)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
-STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) ct
-test: deps consul ## everything: lint, C tests under the sanitizers, Common Test; ends with the sum
+STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) ct
+test: deps consul ## everything: lint, C tests under the sanitizers, fuzzing, Common Test; ends with the sum
 	@.ci/test $(STEPS)
 steps:
 	@echo $(STEPS)
 
 # ---- Lint. Tests are held to the compilers' warnings and the format.
-LINT_CFLAGS = $(OWN_CFLAGS) -Werror $(PACKAGE_CFLAGS) $(ERL_CFLAGS) -Itest/c
+LINT_CFLAGS = $(OWN_CFLAGS) -Werror $(PACKAGE_CFLAGS) $(ERL_CFLAGS) -Itest/c -Ic_src/nif
 EACH := xargs -P 2 -n 1
 lint: ## every lint-* and check-* step; ends with the sum
 	@.ci/test $(LINT)
@@ -158,4 +179,4 @@ clean-native:
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help
+.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help
