@@ -120,7 +120,7 @@ ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.er
 # Not with SUITE's default of all: a sanitizer has nothing to say of most of them.
 ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one
 	@MESHX_CONSUL=$$(.ci/consul --path) .ci/ct-asan $(BUILD)/asan \
-		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_link meshx_node_load)
+		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_stress meshx_node_link meshx_node_load)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
 STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) ct

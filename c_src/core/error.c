@@ -1,9 +1,9 @@
 /*
  * Failures with a text for people. L0, any thread: no state.
  *
- * Invariant: a text is one line of valid length, whatever an agent or an operating system
- * put into it. Control characters become spaces, and a cut never leaves half a UTF-8
- * character behind (Erlang would refuse the whole text).
+ * Invariant: a text is one line of UTF-8, whatever an agent, a library or an operating
+ * system put into it (Erlang would refuse the whole text). Control characters become
+ * spaces, what is no character a question mark.
  */
 #include "error.h"
 
@@ -23,27 +23,48 @@ const char *meshx_error_name(int code) {
     }
 }
 
-/* The length of |text| without a UTF-8 character that was cut at its end. */
-static size_t whole_characters(const char *text, size_t length) {
-    size_t lead = length;
-    while (lead > 0 && length - lead < 4 &&
-           ((unsigned char)text[lead - 1] & 0xC0) == 0x80) {
-        lead--;
+/* The size of the UTF-8 character at |text|; 0: there is none. The NUL ends it, too. */
+static size_t character_size(const unsigned char *text) {
+    unsigned char lead = text[0];
+    /* Of the second byte: neither longer than it need be, nor a surrogate, nor too large.
+     */
+    unsigned char lowest = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    unsigned char highest = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    size_t size = lead < 0x80   ? 1
+                  : lead < 0xC2 ? 0
+                  : lead < 0xE0 ? 2
+                  : lead < 0xF0 ? 3
+                  : lead < 0xF5 ? 4
+                                : 0;
+    for (size_t i = 1; i < size; i++) {
+        if (text[i] < lowest || text[i] > highest) {
+            return 0;
+        }
+        lowest = 0x80;
+        highest = 0xBF;
     }
-    if (lead == 0) {
-        return length;
-    }
-    unsigned char first = (unsigned char)text[lead - 1];
-    size_t expected = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : first >= 0xC0 ? 2 : 1;
-    return length - lead + 1 < expected ? lead - 1 : length;
+    return size;
 }
 
-static void make_line(char *text) {
-    for (; *text != '\0'; text++) {
+/* |cut|: its last character may not be whole, and goes. */
+static void make_line(char *text, bool cut) {
+    while (*text != '\0') {
+        size_t size = character_size((const unsigned char *)text);
+        if (size > 1) {
+            text += size;
+            continue;
+        }
         unsigned char c = (unsigned char)*text;
-        if (c < 0x20 || c == 0x7F) {
+        if (size == 0 && cut && c >= 0xC0 && strlen(text) < 4) {
+            *text = '\0';
+            return;
+        }
+        if (size == 0) {
+            *text = '?';
+        } else if (c < 0x20 || c == 0x7F) {
             *text = ' ';
         }
+        text++;
     }
 }
 
@@ -59,10 +80,7 @@ static void set_text(struct meshx_failure *failure, int code, const char *suffix
     if (suffix != NULL && (size_t)length < sizeof text) {
         length += snprintf(text + length, sizeof text - (size_t)length, ": %s", suffix);
     }
-    if ((size_t)length >= sizeof text) {
-        text[whole_characters(text, sizeof text - 1)] = '\0';
-    }
-    make_line(text);
+    make_line(text, (size_t)length >= sizeof text);
     failure->code = code;
     memcpy(failure->text, text, sizeof text);
 }

@@ -10,7 +10,8 @@
 
 #include "meshx_node.h"
 
-/* Fills |failure| (may be NULL) and returns |code|. A text that does not fit is cut. */
+/* Fills |failure| (may be NULL) and returns |code|. A text that does not fit is cut,
+ * and what is not UTF-8 in it replaced. */
 int error_set(struct meshx_failure *failure, int code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 

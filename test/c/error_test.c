@@ -98,7 +98,27 @@ static void cuts_between_characters(void **state) {
     memset(text, 0x80, sizeof text);
     text[599] = '\0';
     error_set(&failure, MESHX_ECONFIG, "%s", text);
-    assert_in_range(strlen(failure.text), 507, 511);
+    assert_int_equal(strlen(failure.text), 511);
+    assert_int_equal(strspn(failure.text, "?"), 511);
+}
+
+/* As an agent's error page, or jansson's quote of half a character, may have it. */
+static void replaces_what_is_not_utf8(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {
+        {"caf\xe9 \xc3\xa9", "caf? \xc3\xa9"},
+        {"near '\\\xcc'", "near '\\?'"},
+        {"\xc0\xaf \xe0\x80\xaf", "?? ???"},
+        {"\xed\xa0\x80 \xf4\x90\x80\x80", "??? ????"},
+        {"\xff\xfe", "??"},
+        {"\xe2\x82", "??"},
+        {"\xef\xbf\xbd \xf4\x8f\xbf\xbf", "\xef\xbf\xbd \xf4\x8f\xbf\xbf"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct meshx_failure failure = {0};
+        error_set(&failure, MESHX_EAGENT_ANSWER, "%s", cases[i][0]);
+        assert_string_equal(failure.text, cases[i][1]);
+    }
 }
 
 int main(void) {
@@ -111,6 +131,7 @@ int main(void) {
         cmocka_unit_test(stays_one_line),
         cmocka_unit_test(cuts_long_text),
         cmocka_unit_test(cuts_between_characters),
+        cmocka_unit_test(replaces_what_is_not_utf8),
     };
     return cmocka_run_group_tests_name("error", tests, NULL, NULL);
 }

@@ -15,9 +15,9 @@ static bool same(const char *a, const char *b) {
     return a == NULL || b == NULL ? a == b : strcmp(a, b) == 0;
 }
 
-static void check_code(int code, const struct meshx_failure *failure, bool utf8) {
+static void check_code(int code, const struct meshx_failure *failure) {
     CHECK(code == MESHX_EAGENT_ANSWER);
-    fuzz_check_failure(code, failure, utf8);
+    fuzz_check_failure(code, failure);
 }
 
 /* The size of an answer that lacks its last token. */
@@ -59,13 +59,13 @@ static void check_same_instances(const struct document_instances *a,
     }
 }
 
-static void check_instances(struct fuzz_input body, const char *bytes, bool utf8) {
+static void check_instances(struct fuzz_input body, const char *bytes) {
     struct document_instances found;
     struct document_instances again;
     struct meshx_failure failure = {0};
     int code = document_parse_instances(bytes, body.size, &found, &failure);
     if (code != MESHX_OK) {
-        check_code(code, &failure, utf8);
+        check_code(code, &failure);
         CHECK(found.items == NULL && found.count == 0);
         return;
     }
@@ -91,13 +91,13 @@ static void check_instances(struct fuzz_input body, const char *bytes, bool utf8
 
 /* ---- a service ---- */
 
-static void check_service(struct fuzz_input body, const char *bytes, bool utf8) {
+static void check_service(struct fuzz_input body, const char *bytes) {
     struct document_service found;
     struct document_service again;
     struct meshx_failure failure = {0};
     int code = document_parse_service(bytes, body.size, &found, &failure);
     if (code != MESHX_OK) {
-        check_code(code, &failure, utf8);
+        check_code(code, &failure);
         CHECK(found.node == NULL && found.address == NULL);
         return;
     }
@@ -120,14 +120,14 @@ static void check_service(struct fuzz_input body, const char *bytes, bool utf8) 
 
 /* ---- an intention ---- */
 
-static void check_allowed(struct fuzz_input body, const char *bytes, bool utf8) {
+static void check_allowed(struct fuzz_input body, const char *bytes) {
     struct meshx_failure failure = {0};
     bool allowed = false;
     bool denied = true;
     int code = document_parse_allowed(bytes, body.size, &allowed, &failure);
     CHECK(document_parse_allowed(bytes, body.size, &denied, NULL) == code);
     if (code != MESHX_OK) {
-        check_code(code, &failure, utf8);
+        check_code(code, &failure);
         CHECK(!allowed && denied); /* a failure says nothing */
         return;
     }
@@ -138,11 +138,10 @@ static void check_allowed(struct fuzz_input body, const char *bytes, bool utf8) 
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct fuzz_input body = {data, size};
-    bool utf8 = fuzz_is_utf8((const char *)data, size);
     char *bytes = (char *)fuzz_block(data, size);
-    check_instances(body, bytes, utf8);
-    check_service(body, bytes, utf8);
-    check_allowed(body, bytes, utf8);
+    check_instances(body, bytes);
+    check_service(body, bytes);
+    check_allowed(body, bytes);
     free(bytes);
     return 0;
 }

@@ -100,7 +100,6 @@ static void check_not_quoted(const struct meshx_failure *failure) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct fuzz_input input = {data, size};
-    bool utf8 = fuzz_is_utf8((const char *)data, size);
     const char *command[LIST_MAX + 1] = {NULL};
     const char *environment[LIST_MAX + 1] = {NULL};
     struct meshx_config from = {0};
@@ -142,7 +141,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         mesh_config_fini(&config);
     } else {
         CHECK(code == MESHX_ECONFIG);
-        fuzz_check_failure(code, &failure, utf8);
+        fuzz_check_failure(code, &failure);
         check_refusal(&failure);
         check_not_quoted(&failure);
     }

@@ -89,7 +89,7 @@ bool fuzz_is_utf8(const char *text, size_t size) {
     return true;
 }
 
-void fuzz_check_failure(int code, const struct meshx_failure *failure, bool utf8) {
+void fuzz_check_failure(int code, const struct meshx_failure *failure) {
     size_t length = strnlen(failure->text, sizeof failure->text);
     CHECK(failure->code == code);
     CHECK(length > 0 && length < sizeof failure->text);
@@ -97,5 +97,5 @@ void fuzz_check_failure(int code, const struct meshx_failure *failure, bool utf8
         unsigned char c = (unsigned char)failure->text[i];
         CHECK(c >= 0x20 && c != 0x7F);
     }
-    CHECK(!utf8 || fuzz_is_utf8(failure->text, length));
+    CHECK(fuzz_is_utf8(failure->text, length));
 }

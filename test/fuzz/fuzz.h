@@ -47,8 +47,7 @@ char *fuzz_text(struct fuzz_input input);
 
 bool fuzz_is_utf8(const char *text, size_t size);
 
-/* Of the failure that |code| was returned for: the same code and one line of text, which
- * is UTF-8 when all that it may quote is (|utf8|). */
-void fuzz_check_failure(int code, const struct meshx_failure *failure, bool utf8);
+/* Of the failure that |code| was returned for: the same code and one line of UTF-8. */
+void fuzz_check_failure(int code, const struct meshx_failure *failure);
 
 #endif
