@@ -278,6 +278,13 @@ struct decoded {
     const char **environment;
 };
 
+static void free_texts(const char **texts) {
+    for (size_t i = 0; texts != NULL && texts[i] != NULL; i++) {
+        enif_free((char *)(uintptr_t)texts[i]);
+    }
+    enif_free((void *)texts);
+}
+
 static void decoded_fini(struct decoded *decoded) {
     for (size_t i = 0; i < decoded->text_count; i++) {
         enif_free(decoded->texts[i]);
@@ -287,16 +294,9 @@ static void decoded_fini(struct decoded *decoded) {
         enif_free((char *)(uintptr_t)decoded->settings[i].name);
         enif_free((char *)(uintptr_t)decoded->settings[i].value);
     }
-    for (size_t i = 0; decoded->command != NULL && decoded->command[i] != NULL; i++) {
-        enif_free((char *)(uintptr_t)decoded->command[i]);
-    }
-    for (size_t i = 0; decoded->environment != NULL && decoded->environment[i] != NULL;
-         i++) {
-        enif_free((char *)(uintptr_t)decoded->environment[i]);
-    }
     enif_free(decoded->settings);
-    enif_free((void *)decoded->command);
-    enif_free((void *)decoded->environment);
+    free_texts(decoded->command);
+    free_texts(decoded->environment);
 }
 
 static bool get_text(ErlNifEnv *env, ERL_NIF_TERM value, struct decoded *decoded,
@@ -311,19 +311,29 @@ static bool get_text(ErlNifEnv *env, ERL_NIF_TERM value, struct decoded *decoded
     return true;
 }
 
-/* A list of binaries to an array ended by NULL. */
-static bool get_texts(ErlNifEnv *env, ERL_NIF_TERM list, const char ***out) {
+/* Zeroed, with one item more than |list| has (new). NULL: no list, or no memory. */
+static void *alloc_array(ErlNifEnv *env, ERL_NIF_TERM list, size_t item_size) {
     unsigned length;
-    ERL_NIF_TERM item;
+    void *array;
 
     if (!enif_get_list_length(env, list, &length)) {
-        return false;
+        return NULL;
     }
-    *out = enif_alloc((length + 1) * sizeof **out);
+    array = enif_alloc((length + 1) * item_size);
+    if (array != NULL) {
+        memset(array, 0, (length + 1) * item_size);
+    }
+    return array;
+}
+
+/* A list of binaries to an array ended by NULL. */
+static bool get_texts(ErlNifEnv *env, ERL_NIF_TERM list, const char ***out) {
+    ERL_NIF_TERM item;
+
+    *out = alloc_array(env, list, sizeof **out);
     if (*out == NULL) {
         return false;
     }
-    memset((void *)*out, 0, (length + 1) * sizeof **out);
     for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
         (*out)[i] = terms_to_text(env, item);
         if ((*out)[i] == NULL) {
@@ -335,17 +345,12 @@ static bool get_texts(ErlNifEnv *env, ERL_NIF_TERM list, const char ***out) {
 
 /* [{Name, Value}] to an array ended by a NULL name. */
 static bool get_settings(ErlNifEnv *env, ERL_NIF_TERM list, struct meshx_setting **out) {
-    unsigned length;
     ERL_NIF_TERM item;
 
-    if (!enif_get_list_length(env, list, &length)) {
-        return false;
-    }
-    *out = enif_alloc((length + 1) * sizeof **out);
+    *out = alloc_array(env, list, sizeof **out);
     if (*out == NULL) {
         return false;
     }
-    memset(*out, 0, (length + 1) * sizeof **out);
     for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
         const ERL_NIF_TERM *pair;
         int arity;

@@ -46,21 +46,41 @@ static void on_stop(ErlNifEnv *env, void *object, ErlNifEvent fd, int is_direct_
     close(fd);
 }
 
-static void on_down(ErlNifEnv *env, void *object, ErlNifPid *pid,
-                    ErlNifMonitor *monitor) {
-    struct socket *socket = object;
-    bool owned;
+/* Closes it if |owner| still owns it, which a hand-over may just have changed; NULL:
+ * whoever does. */
+static void close_of(ErlNifEnv *env, struct socket *socket, const ErlNifPid *owner) {
+    int fd = -1;
+    int stopped;
 
-    (void)monitor;
     enif_mutex_lock(socket->read);
     enif_mutex_lock(socket->write);
-    /* A hand-over may have won against the death of the former owner. */
-    owned = enif_compare_pids(pid, &socket->owner) == 0;
+    if (owner == NULL || enif_compare_pids(owner, &socket->owner) == 0) {
+        fd = socket->fd;
+        socket->fd = -1;
+    }
+    if (fd >= 0) {
+        enif_demonitor_process(env, socket, &socket->monitor);
+    }
     enif_mutex_unlock(socket->write);
     enif_mutex_unlock(socket->read);
-    if (owned) {
-        socket_close(env, socket);
+    if (fd < 0) {
+        return;
     }
+    stopped = enif_select(env, fd, ERL_NIF_SELECT_STOP, socket, NULL, am_undefined);
+    if (stopped < 0 ||
+        (stopped & (ERL_NIF_SELECT_STOP_CALLED | ERL_NIF_SELECT_STOP_SCHEDULED)) == 0) {
+        close(fd); /* it was never selected, so no stop callback comes */
+    }
+}
+
+void socket_close(ErlNifEnv *env, struct socket *socket) {
+    close_of(env, socket, NULL);
+}
+
+static void on_down(ErlNifEnv *env, void *object, ErlNifPid *pid,
+                    ErlNifMonitor *monitor) {
+    (void)monitor;
+    close_of(env, object, pid);
 }
 
 bool socket_open_type(ErlNifEnv *env, ErlNifResourceFlags flags) {
@@ -101,29 +121,6 @@ static ERL_NIF_TERM socket_new(ErlNifEnv *env, int fd) {
     }
     enif_release_resource(socket); /* the term keeps it, or it is destroyed here */
     return term;
-}
-
-void socket_close(ErlNifEnv *env, struct socket *socket) {
-    int fd;
-    int stopped;
-
-    enif_mutex_lock(socket->read);
-    enif_mutex_lock(socket->write);
-    fd = socket->fd;
-    socket->fd = -1;
-    if (fd >= 0) {
-        enif_demonitor_process(env, socket, &socket->monitor);
-    }
-    enif_mutex_unlock(socket->write);
-    enif_mutex_unlock(socket->read);
-    if (fd < 0) {
-        return;
-    }
-    stopped = enif_select(env, fd, ERL_NIF_SELECT_STOP, socket, NULL, am_undefined);
-    if (stopped < 0 ||
-        (stopped & (ERL_NIF_SELECT_STOP_CALLED | ERL_NIF_SELECT_STOP_SCHEDULED)) == 0) {
-        close(fd); /* it was never selected, so no stop callback comes */
-    }
 }
 
 /* ---- arguments ---- */
@@ -358,7 +355,8 @@ ERL_NIF_TERM nif_controlling_process(ErlNifEnv *env, int argc,
     enif_mutex_unlock(socket->write);
     enif_mutex_unlock(socket->read);
     if (open && !alive) {
-        socket_close(env, socket); /* no down message comes for a process already dead */
+        /* No down message comes for a process already dead. */
+        close_of(env, socket, &pid);
     }
     return open && alive ? am_ok : enif_make_tuple2(env, am_error, am_closed);
 }
