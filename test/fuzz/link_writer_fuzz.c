@@ -42,7 +42,7 @@ static ssize_t fuzz_sendmsg(int fd, const struct msghdr *message, int flags) {
         errno = size == 0 ? EAGAIN : EPIPE;
         return -1;
     }
-    size *= 1 + written.size / 2000;
+    size *= 1 + written.size / 500;
     size = size < 100 ? size : size * size * 10;
     for (size_t i = 0; i < message->msg_iovlen && size > 0; i++) {
         const struct iovec *piece = &message->msg_iov[i];
@@ -207,7 +207,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     emulator_open(&socket);
     socket.header = FRAME_DISTRIBUTION;
     emulator_fail(failing);
-    while (usable && plan.size > 0 && written.size < 100000) {
+    for (int steps = 0; steps < 50 && usable && plan.size > 0 && written.size < 100000;
+         steps++) {
         uint8_t step = fuzz_byte(&plan);
         if (step & 1) {
             tick(&socket);
