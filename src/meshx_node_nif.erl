@@ -131,8 +131,8 @@ address(Socket, Which) ->
 %% The user of the operating system whose process has the other end; `own': the VM's effective
 %% one. enoent: no process of this host has it, since it is closed or elsewhere.
 -spec peer_uid(socket()) -> {ok, own | non_neg_integer()} | error().
-peer_uid(_Link) ->
-    not_loaded().
+peer_uid(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
 
 %% Closes at once; what the kernel has not taken is lost. Idempotent.
 -spec close(socket()) -> ok.

@@ -29,7 +29,8 @@ static bool check_next(enum frame_header header, const uint8_t *bytes, size_t av
     }
     size_t length = length_of(bytes, (size_t)header);
     CHECK(*size == length);
-    CHECK(*too_large == (header == FRAME_DISTRIBUTION && length > FRAME_MAX_SIZE));
+    CHECK(*too_large == (length > (header == FRAME_HANDSHAKE ? FRAME_HANDSHAKE_MAX_SIZE
+                                                             : FRAME_MAX_SIZE)));
     CHECK((frame_put_header(header, length, again) != 0) == !*too_large);
     if (*too_large) {
         return false;

@@ -77,7 +77,14 @@ static void put_frame(size_t size_of_header, size_t size, uint8_t fill) {
 static void make_stream(struct fuzz_input plan, size_t packets) {
     static const size_t factors[] = {1, 37, 257, 1031};
     for (size_t i = 0; i < packets; i++) {
-        put_frame(FRAME_HANDSHAKE, fuzz_number(&plan, 2), (uint8_t)i);
+        struct fuzz_input header = plan;
+        size_t size = fuzz_number(&plan, 2);
+        if (size <= FRAME_HANDSHAKE_MAX_SIZE) {
+            put_frame(FRAME_HANDSHAKE, size, (uint8_t)i);
+        } else {
+            header = fuzz_take(&header, 2);
+            CHECK(buf_append(&peer.stream, header.bytes, header.size) == MESHX_OK);
+        }
     }
     /* Not so much that few inputs can be tried. */
     for (int steps = 0; steps < 200 && plan.size > 0 && peer.stream.size < 300000;
@@ -104,6 +111,8 @@ static void make_stream(struct fuzz_input plan, size_t packets) {
 /* Where the next frame with something in it should begin; its size in |*size|. False:
  * there is none. */
 static bool next_frame(size_t header, size_t *at, size_t *size) {
+    size_t largest =
+        header == FRAME_HANDSHAKE ? FRAME_HANDSHAKE_MAX_SIZE : FRAME_MAX_SIZE;
     for (;;) {
         struct fuzz_input left = {(const uint8_t *)buf_text(&peer.stream) + *at,
                                   peer.stream.size - *at};
@@ -111,7 +120,7 @@ static bool next_frame(size_t header, size_t *at, size_t *size) {
             return false;
         }
         *size = fuzz_number(&left, header);
-        if (*size > FRAME_MAX_SIZE || *size > left.size) {
+        if (*size > largest || *size > left.size) {
             return false;
         }
         *at += header;
