@@ -28,20 +28,23 @@ static bool open_types(ErlNifEnv *env, ERL_NIF_TERM load_info) {
     return socket_open_type(env, flags) && mesh_open_type(env, flags);
 }
 
+/* meshx_node_nif.erl has words for what it returns. */
 static int load(ErlNifEnv *env, void **priv_data, ERL_NIF_TERM load_info) {
     struct library *library;
+    int code;
 
     if (!open_types(env, load_info)) {
-        return -1;
+        return MESHX_ECONFIG;
     }
     library = enif_alloc(sizeof *library);
     if (library == NULL) {
-        return -1;
+        return MESHX_ENOMEM;
     }
     atomic_init(&library->occupied, false);
-    if (meshx_loop_start(&library->loop) != MESHX_OK) {
+    code = meshx_loop_start(&library->loop);
+    if (code != MESHX_OK) {
         enif_free(library);
-        return -1;
+        return code;
     }
     *priv_data = library;
     return 0;
