@@ -172,6 +172,11 @@ bench-chart: ## draw test/bench/throughput.svg, which the README shows, from the
 	@.ci/deps gnuplot-nox
 	@test/bench/chart
 
+# MINUTES, SEED and FAULTS reach it by the environment.
+chaos: deps consul ## faults for MINUTES=10 and many cycles; GROUPS="cycles faults soak", SEED=n, FAULTS="..." (test/chaos/run)
+	@$(MAKE) all
+	@MESHX_CONSUL=$$(.ci/consul --path) test/chaos/run $(GROUPS)
+
 clean: clean-native ## remove what was built; keeps _build/consul and dialyzer's _build/plt
 	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name plt -exec rm -rf {} +
 clean-native:
@@ -179,4 +184,4 @@ clean-native:
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart clean clean-native help
+.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart chaos clean clean-native help

@@ -142,6 +142,8 @@ enum meshx_event_type {
     MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */
     MESHX_EVENT_OUTPUT,  /* a line the sidecar wrote: |stream|, |text| */
     MESHX_EVENT_LOG,     /* something a person should know: |level|, |text| */
+    MESHX_EVENT_DRAINED, /* after meshx_mesh_drain(): the agent has answered for both
+                            checks, or can't be asked. Not sent once a stop has begun */
     MESHX_EVENT_STOPPED, /* deregistered (or |failure| says why not), sidecar gone.
                             The last event of a node service. */
 };
@@ -252,8 +254,9 @@ void meshx_mesh_renew(struct meshx_mesh *mesh);
 
 /*
  * Begins the orderly stop's first half: fails the checks, so that peers stop dialing.
- * Returns at once; may be left out. Then meshx_mesh_stop(): deregisters and stops the
- * sidecar. STOPPED follows when both are done or have failed. Idempotent.
+ * Returns at once, DRAINED follows; may be left out. Then meshx_mesh_stop():
+ * deregisters and stops the sidecar. STOPPED follows when both are done or have failed.
+ * Idempotent.
  */
 void meshx_mesh_drain(struct meshx_mesh *mesh);
 void meshx_mesh_stop(struct meshx_mesh *mesh);

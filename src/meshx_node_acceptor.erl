@@ -214,10 +214,11 @@ place({Ip, Port}) -> io_lib:format("~ts:~b", [inet:ntoa(Ip), Port]).
 %% ---- half-open connections ----
 
 adopt(Link, #state{kernel = Kernel} = S) ->
-    try meshx_node_ctrl:adopt(Kernel, Link) of
-        {Controller, Monitor} -> adopted(Controller, Monitor, S)
-    catch
-        error:system_limit ->
+    case meshx_node_dist:has_room() of
+        true ->
+            {Controller, Monitor} = meshx_node_ctrl:adopt(Kernel, Link),
+            adopted(Controller, Monitor, S);
+        false ->
             meshx_node_nif:close(Link),
             shortage(system_limit, S)
     end.

@@ -18,6 +18,7 @@
     setup/5,
     close/1,
     select/1,
+    has_room/0,
     address/0,
     is_node_name/1,
     setopts/2,
@@ -31,6 +32,10 @@
 -include_lib("kernel/include/dist.hrl").
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/logger.hrl").
+
+%% Processes a VM must still have room for to take on one more link, which has three: net_kernel, and
+%% with it the VM, ends when it can't start the first, and others may be faster than we are.
+-define(ROOM, 32).
 
 %% Children of net_sup: there before net_kernel, at boot too, and stopped after it.
 -spec childspecs() -> {ok, [supervisor:child_spec()]}.
@@ -133,6 +138,11 @@ close(Listener) ->
 accept(Listener) ->
     meshx_node_acceptor:start(Listener).
 
+%% Whether a VM that is nearly full of processes can take on another link.
+-spec has_room() -> boolean().
+has_room() ->
+    erlang:system_info(process_count) + ?ROOM =< erlang:system_info(process_limit).
+
 %% Controller has read the first packet of the connection and told net_kernel.
 -spec accept_connection(pid(), pid(), node(), [node()], non_neg_integer()) -> pid().
 accept_connection(_AcceptPid, Controller, MyNode, Allowed, SetupTime) ->
@@ -163,9 +173,16 @@ do_accept(Kernel, Controller, MyNode, Allowed, SetupTime) ->
 
 %% ---- connecting ----
 
+%% The only place where net_kernel can be told that setup/5 is not to be called.
 -spec select(node()) -> boolean().
 select(Node) ->
-    is_node_name(Node).
+    is_node_name(Node) andalso (has_room() orelse not_selected(Node)).
+
+not_selected(Node) ->
+    ?LOG_ERROR(
+        "meshx_node: no link to ~ts: too many processes; raise this VM's limit on them (erl +P)", [Node]
+    ),
+    false.
 
 -spec is_node_name(term()) -> boolean().
 is_node_name(Node) when is_atom(Node) ->

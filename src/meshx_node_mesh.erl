@@ -14,8 +14,12 @@
 
 -include_lib("kernel/include/logger.hrl").
 
+%% How long net_kernel waits until peers stop dialling, before it closes its links, ms.
+-define(DRAIN_TIME, 100).
+
 %% How long terminate waits for the orderly stop, ms. net_sup as a whole has 1 s when the node
-%% was started by Node.start/3; what is not done by then goes on in the C thread.
+%% was started by Node.start/3, some of it for draining; what is not done by then goes on in the
+%% C thread.
 -define(STOP_TIME, 800).
 
 %% How often it is looked whether boot is over, while lines are held, ms.
@@ -36,6 +40,8 @@
     config = #{} :: map(),
     %% who waits for the start
     starter :: undefined | gen_server:from(),
+    %% who waits until peers stop dialling
+    drainer :: undefined | gen_server:from(),
     requests = #{} :: #{non_neg_integer() => gen_server:from()},
     %% by the monitor of the controller
     links = #{} :: #{reference() => {node(), meshx_node_nif:socket()}},
@@ -63,10 +69,15 @@ start_service(Node, Ip, Port) ->
             Result
     end.
 
-%% Peers stop dialing; open links live on.
+%% Peers stop dialing; open links live on. Returns when the agent knows it, or takes too long.
 -spec drain() -> ok.
 drain() ->
-    gen_server:cast(?MODULE, drain).
+    try
+        _ = gen_server:call(?MODULE, drain, ?DRAIN_TIME),
+        ok
+    catch
+        exit:_ -> ok
+    end.
 
 %% Where to dial Node (`dial'), or only whether it could be (`ask'). A failure names its reason.
 %% Of a node with a static address nothing is asked: whether it is there and may be dialled, only
@@ -141,6 +152,9 @@ handle_call({start_service, Node, _, _}, _From, S) ->
     {reply, {error, {name_in_use, text("~ts: this VM already is a node service", [Node])}}, S};
 handle_call(_Request, _From, #state{mesh = undefined} = S) ->
     {reply, not_started(), S};
+handle_call(drain, From, #state{mesh = Mesh} = S) ->
+    meshx_node_nif:mesh_drain(Mesh),
+    {noreply, S#state{drainer = From}};
 handle_call({upstream, Node, Mode}, From, #state{config = #{upstreams := Static}} = S) ->
     case Static of
         #{Node := {Ip, Port}} -> {reply, {ok, {static, Ip, Port}}, S};
@@ -157,15 +171,10 @@ handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
         error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
     end.
 
--spec handle_cast(drain | {link_up, node(), pid(), meshx_node_nif:socket()}, #state{}) ->
+-spec handle_cast({link_up, node(), pid(), meshx_node_nif:socket()}, #state{}) ->
     {noreply, #state{}}.
 handle_cast({link_up, Node, Controller, Link}, #state{links = Links} = S) ->
-    {noreply, S#state{links = Links#{monitor(process, Controller) => {Node, Link}}}};
-handle_cast(drain, #state{mesh = undefined} = S) ->
-    {noreply, S};
-handle_cast(drain, S) ->
-    meshx_node_nif:mesh_drain(S#state.mesh),
-    {noreply, S}.
+    {noreply, S#state{links = Links#{monitor(process, Controller) => {Node, Link}}}}.
 
 -spec handle_info(term(), #state{}) -> {noreply, #state{}}.
 handle_info({meshx_event, Tag, Type, Data}, #state{tag = Tag} = S) ->
@@ -303,6 +312,9 @@ event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->
     end;
 event(log, {Level, Text}, S) ->
     log(Level, "meshx_node: ~ts", [Text], S);
+event(drained, _, #state{drainer = Drainer} = S) ->
+    Drainer =:= undefined orelse gen_server:reply(Drainer, ok),
+    S#state{drainer = undefined};
 event(stopped, Failure, #state{} = S) ->
     case Failure of
         undefined -> ok;

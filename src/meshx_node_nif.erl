@@ -85,11 +85,21 @@ load() ->
             ok;
         {error, {Reason, Text}} ->
             {error,
-                {Reason,
-                    unicode:characters_to_binary([
-                        "can't load ", Path, ".so: ", Text, "; was it built on this machine?"
-                    ])}}
+                {Reason, unicode:characters_to_binary(["can't load ", Path, ".so: ", Text, remedy(Text)])}}
     end.
+
+%% The numbers are those of MESHX_ERRORS.
+remedy("Library load-call unsuccessful (-1)" ++ _) ->
+    "; out of memory";
+remedy("Library load-call unsuccessful (-3)" ++ _) ->
+    "; its thread can't be started, is there a limit on memory or processes (ulimit -v, -u)?";
+remedy("Failed to load NIF library" ++ _ = Text) ->
+    case string:find(Text, "failed to map") =/= nomatch orelse string:find(Text, "annot allocate") =/= nomatch of
+        true -> "; is there a limit on memory (ulimit -v)?";
+        false -> "; was it built on this machine?"
+    end;
+remedy(_) ->
+    "; was it built on this machine?".
 
 %% Opens a listener, owned by the caller. Port 0: any free one.
 -spec listen(inet:ip_address(), inet:port_number(), options()) ->

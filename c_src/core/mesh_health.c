@@ -104,13 +104,15 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
     }
     if (check->again) {
         send_check(check); /* its answer counts */
+    } else if (mesh->draining) {
+        mesh_drain_continue(mesh); /* the other ways to stop being found follow soon */
     } else if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_checked(mesh, check, failure);
     } else if (failure != NULL && failure->code == MESHX_ENODE_UNKNOWN) {
         mesh_agent_result(mesh, check->talk, NULL);
         if (mesh->registration.applied > check->registration) {
             send_check(check); /* we have registered again since it was sent */
-        } else if (!mesh->draining) {
+        } else {
             mesh_registration_lost(mesh);
         }
     } else {

@@ -288,6 +288,8 @@ void mesh_departure_sweep(struct mesh *mesh);
 
 /* mesh_stop.c */
 void mesh_drain(struct mesh *mesh);
+/* An answer for a check has come while draining. */
+void mesh_drain_continue(struct mesh *mesh);
 void mesh_stop(struct mesh *mesh);
 /* Goes on with a stop when the registration in flight is done. */
 void mesh_stop_continue(struct mesh *mesh);

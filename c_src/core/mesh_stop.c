@@ -24,6 +24,13 @@ void mesh_drain(struct mesh *mesh) {
     }
 }
 
+void mesh_drain_continue(struct mesh *mesh) {
+    if (!mesh->vm_check.in_flight && !mesh->sidecar_check.in_flight) {
+        struct meshx_event event = {.type = MESHX_EVENT_DRAINED};
+        mesh_emit(mesh, &event);
+    }
+}
+
 void mesh_stop(struct mesh *mesh) {
     if (mesh->state != MESHX_STATE_STARTING && mesh->state != MESHX_STATE_READY) {
         return;

@@ -184,6 +184,8 @@ static ERL_NIF_TERM make_type(enum meshx_event_type type) {
         return am_output;
     case MESHX_EVENT_LOG:
         return am_log;
+    case MESHX_EVENT_DRAINED:
+        return am_drained;
     case MESHX_EVENT_STOPPED:
         return am_stopped;
     }
@@ -193,6 +195,7 @@ static ERL_NIF_TERM make_type(enum meshx_event_type type) {
 static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
     switch (event->type) {
     case MESHX_EVENT_READY:
+    case MESHX_EVENT_DRAINED:
         return enif_make_list(env, 0);
     case MESHX_EVENT_UPSTREAM:
         return make_answer(env, event, enif_make_uint(env, event->port));

@@ -10,6 +10,7 @@
  *   info      {Request, {ok, Map} | {error, {Code, Text}}}
  *   output    {stdout | stderr, Line}                       not all of a flood
  *   log       {info | notice | warning | error, Text}
+ *   drained   []                                            peers don't dial us any more
  *   stopped   undefined | {Code, Text}                      the last one
  *
  * When that process dies the node service is stopped in the background.

@@ -33,26 +33,29 @@ static bool is_version(ErlNifEnv *env, ERL_NIF_TERM load_info) {
     return enif_get_int(env, load_info, &version) && version == ABI_VERSION;
 }
 
+/* meshx_node_nif.erl has words for what it returns. */
 static int load(ErlNifEnv *env, void **priv_data, ERL_NIF_TERM load_info) {
     struct library *library;
+    int code;
 
     if (!is_version(env, load_info)) {
-        return -1;
+        return MESHX_ECONFIG;
     }
     terms_init(env);
     if (!open_types(env)) {
-        return -1;
+        return MESHX_ECONFIG;
     }
     library = enif_alloc(sizeof *library);
     if (library == NULL) {
-        return -1;
+        return MESHX_ENOMEM;
     }
     library->build = &build;
     atomic_init(&library->users, 1);
     atomic_init(&library->occupied, false);
-    if (meshx_loop_start(&library->loop) != MESHX_OK) {
+    code = meshx_loop_start(&library->loop);
+    if (code != MESHX_OK) {
         enif_free(library);
-        return -1;
+        return code;
     }
     *priv_data = library;
     return 0;

@@ -11,8 +11,8 @@
 /* X(name): an atom of the same spelling, reachable as am_<name>. */
 /* clang-format off */
 #define TERMS_ATOMS(X) \
-    X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(deregister_after) X(error) \
-    X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
+    X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(deregister_after) X(drained) \
+    X(error) X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
     X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \
     X(log) X(meshx_event) X(more) X(node) X(nodelay) X(none) X(notice) X(ok) X(output) X(own) X(port) \
     X(priority) X(ready) X(recbuf) X(registered) X(registrations) X(repairs) \

@@ -86,6 +86,8 @@ static void stop_during_a_start_undoes_it(void **state) {
 static void drain_turns_both_checks_critical(void **state) {
     struct node *node = node_start(*state, shared_agent, "drained@test");
     meshx_mesh_drain(node->mesh);
+    node_wait(node, MESHX_EVENT_DRAINED, 0, NULL);
+    assert_int_equal(node_count(node, MESHX_EVENT_DRAINED, NULL), 1);
     await(CRITICAL, "drained@test:vm", 200, "drained@test:vm");
     await(CRITICAL, "drained@test:sidecar", 200, "drained@test:sidecar");
     assert_int_equal(node_stop(node)->code, MESHX_OK);

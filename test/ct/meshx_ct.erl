@@ -79,7 +79,7 @@ add_agent(_Config, AgentOptions) ->
 stop_agent(Agent) ->
     in_world(fun() -> meshx_ct_agent:stop(Agent) end).
 
-%% An agent that was stopped: at the same address, but it knows nothing.
+%% An agent that was stopped: at the same address; it knows only what it keeps (meshx_ct_agent).
 -spec restart_agent(meshx_ct_agent:agent()) -> meshx_ct_agent:agent().
 restart_agent(#{http := Http} = Agent) ->
     Again = in_world(fun() -> meshx_ct_agent:restart(Agent) end),

@@ -4,7 +4,7 @@
 %% Erlang port: when the port or the whole VM goes, so does the agent.
 -module(meshx_ct_agent).
 
--export([start/1, stop/1, restart/1, url/1, binary/0, free_port/0]).
+-export([start/1, stop/1, forget/1, restart/1, url/1, binary/0, free_port/0]).
 -export([get/2, put/3, request/4, request/5]).
 -export([services/1, healthy/2, upstreams/2, deny/3, allow/3, delete_intentions/1]).
 -export_type([agent/0]).
@@ -23,8 +23,11 @@
 ).
 
 %% The calling process owns the agent. Directory is the agent's own. `config' is HCL, `token' is
-%% sent with every request of this module.
--spec start(#{directory := file:filename(), config => string(), token => string()}) -> agent().
+%% sent with every request of this module. With `keeps_data' it knows after a restart what it knew
+%% before, until forget/1; then a leader takes some seconds to be elected.
+-spec start(#{
+    directory := file:filename(), config => string(), token => string(), keeps_data => boolean()
+}) -> agent().
 start(Options) ->
     start(Options, 5).
 
@@ -40,7 +43,6 @@ start(#{directory := Directory} = Options, Tries) ->
         Log,
         binary(),
         "agent",
-        "-dev",
         "-node=meshx-ct",
         "-bind=127.0.0.1",
         "-client=127.0.0.1",
@@ -53,7 +55,7 @@ start(#{directory := Directory} = Options, Tries) ->
         lists:concat(["-serf-lan-port=", Serf]),
         "-hcl",
         maps:get(config, Options, "")
-        | newer_arguments()
+        | mode(Options) ++ newer_arguments()
     ],
     Clean = [{Name, false} || "CONSUL_" ++ _ = Name <- [N || {N, _} <- os:env()]],
     Port = open_port({spawn_executable, "/bin/sh"}, [
@@ -78,6 +80,20 @@ start(#{directory := Directory} = Options, Tries) ->
             {ok, Text} = file:read_file(Log),
             error({agent_does_not_start, binary:part(Text, byte_size(Text), -min(2000, byte_size(Text)))})
     end.
+
+mode(#{keeps_data := true, directory := Directory}) ->
+    [
+        "-server",
+        "-bootstrap-expect=1",
+        "-data-dir=" ++ data(Directory),
+        "-hcl",
+        "connect { enabled = true } performance { raft_multiplier = 1 }"
+    ];
+mode(_) ->
+    ["-dev"].
+
+data(Directory) ->
+    filename:join(Directory, "data").
 
 %% Consul >= 1.14 opens one more port, which older ones do not know how to close.
 newer_arguments() ->
@@ -112,7 +128,12 @@ stop(#{port := Port, process := Process}) ->
     catch port_close(Port),
     Process =:= none orelse gone(Process, 250).
 
-%% At the same ports, after stop/1, without any state.
+%% What an agent that keeps its data has kept, after stop/1.
+-spec forget(agent()) -> ok.
+forget(#{directory := Directory}) ->
+    ok = file:del_dir_r(data(Directory)).
+
+%% At the same ports, after stop/1, with no state but what it keeps.
 -spec restart(agent()) -> agent().
 restart(#{options := Options}) ->
     start(Options, 1).
