@@ -150,13 +150,14 @@ struct mesh {
     enum mesh_step step;
     bool draining;
     bool start_failed; /* |failure| says why */
+    bool failure_told; /* FAILED was emitted */
     struct meshx_failure failure;
     bool stop_failed; /* |stop_failure| says why it may still be registered */
     struct meshx_failure stop_failure;
     bool has_last_failure;
     struct meshx_failure last_failure;
 
-    struct loop_timer *deadline;  /* STARTING: start_timeout */
+    struct loop_timer *deadline;  /* STARTING: start_timeout; then: to undo it */
     struct loop_timer *heartbeat; /* READY; in MESH_VISIBLE: when to look again */
     struct loop_timer *retry;
     struct loop_timer *gather; /* READY: the registration waits no longer */
@@ -212,6 +213,8 @@ void mesh_emit(struct mesh *mesh, const struct meshx_event *event);
 void mesh_log(struct mesh *mesh, enum meshx_level level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void mesh_note_failure(struct mesh *mesh, const struct meshx_failure *failure);
+/* FAILED, once, if the start has failed. */
+void mesh_tell_failure(struct mesh *mesh);
 /* Takes what other threads have left; also called by timers, because a wish for drain or
  * stop may have come without memory to post it. */
 void mesh_read_mailbox(struct mesh *mesh);

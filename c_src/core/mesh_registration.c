@@ -56,6 +56,11 @@ bool mesh_registration_is_refused(int code) {
            code == MESHX_ECONFIG;
 }
 
+/* A connection that broke is not among these: the agent may have done it before. */
+static bool has_not_arrived(int code) {
+    return code == MESHX_EAGENT_UNREACHABLE || code == MESHX_EAGENT_TLS;
+}
+
 uint64_t mesh_registration_change(struct mesh *mesh) {
     uint64_t revision = ++mesh->registration.wanted;
     mesh_registration_apply(mesh);
@@ -126,7 +131,7 @@ static void on_registered(const struct meshx_failure *failure, void *argument) {
         registration->may_exist = true;
         registration->applied = registration->sent;
         mesh->registrations++;
-    } else if (failure->code != MESHX_EAGENT_UNREACHABLE &&
+    } else if (!has_not_arrived(failure->code) &&
                !mesh_registration_is_refused(failure->code)) {
         registration->may_exist = true; /* it may have done it and not said so */
     }
