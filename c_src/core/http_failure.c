@@ -76,7 +76,7 @@ static const char *tls_remedy(const struct http_transfer *transfer) {
             return "the agent needs a certificate that is valid now (or this host the right "
                    "time)";
         }
-        if (transfer->verify_result == 0) {
+        if (says(transfer, "match")) {
             return "CONSUL_TLS_SERVER_NAME must be a name that the agent's certificate is "
                    "for, unless the host of CONSUL_HTTP_ADDR is one";
         }

@@ -13,7 +13,7 @@ struct http_transfer {
     CURLcode result;
     const char *words;  /* curl's error buffer, may be empty */
     long error_number;  /* errno of a failed connect, or 0 */
-    long verify_result; /* OpenSSL's X509_V_..., 0 if the certificate is good */
+    long verify_result; /* OpenSSL's X509_V_..., if it could not verify the agent */
     bool too_large;     /* the body, larger than |limit| */
     size_t limit;
     bool out_of_memory;
