@@ -66,18 +66,21 @@ static enum trouble trouble_of(const struct http_transfer *transfer) {
 static const char *tls_remedy(const struct http_transfer *transfer) {
     switch (transfer->result) {
     case CURLE_SSL_CERTPROBLEM:
-        return "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must be a certificate and its key, "
+        return "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must be a certificate and its "
+               "key, "
                "both PEM and without password";
     case CURLE_SSL_CACERT_BADFILE:
         return "CONSUL_CACERT or CONSUL_CAPATH must hold PEM certificates";
     case CURLE_PEER_FAILED_VERIFICATION:
         if (transfer->verify_result == HAS_EXPIRED ||
             transfer->verify_result == NOT_YET_VALID) {
-            return "the agent needs a certificate that is valid now (or this host the right "
+            return "the agent needs a certificate that is valid now (or this host the "
+                   "right "
                    "time)";
         }
         if (says(transfer, "match")) {
-            return "CONSUL_TLS_SERVER_NAME must be a name that the agent's certificate is "
+            return "CONSUL_TLS_SERVER_NAME must be a name that the agent's certificate "
+                   "is "
                    "for, unless the host of CONSUL_HTTP_ADDR is one";
         }
         return "CONSUL_CACERT or CONSUL_CAPATH must be the authority that signed the "
@@ -88,9 +91,11 @@ static const char *tls_remedy(const struct http_transfer *transfer) {
     if (says(transfer, "alert") &&
         (says(transfer, "certificate") || says(transfer, "unknown ca"))) {
         return transfer->endpoint->client_cert == NULL
-                   ? "the agent asks for a client certificate: set CONSUL_CLIENT_CERT and "
+                   ? "the agent asks for a client certificate: set CONSUL_CLIENT_CERT "
+                     "and "
                      "CONSUL_CLIENT_KEY"
-                   : "the agent refuses CONSUL_CLIENT_CERT: it must be valid now and signed "
+                   : "the agent refuses CONSUL_CLIENT_CERT: it must be valid now and "
+                     "signed "
                      "by an authority that the agent knows";
     }
     return "is CONSUL_HTTP_ADDR the agent's HTTPS port? Else check CONSUL_CACERT, "

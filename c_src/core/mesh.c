@@ -323,6 +323,7 @@ static void begin(void *argument) {
 }
 
 static void mesh_free(struct mesh *mesh) {
+    mesh_registration_fini(&mesh->registration);
     mesh_config_fini(&mesh->config);
     free(mesh);
 }

@@ -172,6 +172,7 @@ void mesh_heartbeat(struct mesh *mesh) {
     if (mesh->draining) {
         return;
     }
+    mesh_registration_follow_token(mesh);
     check_vm(mesh);
     if (mesh->sidecar != NULL && mesh->sidecar_pid == 0) {
         /* Said at once when it ended; said again, the agent may have missed it. */

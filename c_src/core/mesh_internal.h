@@ -133,10 +133,12 @@ struct mesh_registration {
     uint64_t wanted;
     uint64_t sent;
     uint64_t applied;
-    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing */
+    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing.
+                        Also one that has nothing new but the token. */
     uint64_t moving; /* revision after which the sidecar restarts at its new port; 0 */
     bool in_flight;
-    bool may_exist; /* something of ours may be registered */
+    bool may_exist;   /* something of ours may be registered */
+    struct buf token; /* what the token file held when it was last sent */
 };
 
 struct mesh {
@@ -243,6 +245,9 @@ uint64_t mesh_registration_change(struct mesh *mesh);
 void mesh_registration_apply(struct mesh *mesh);
 /* Whether a registration that failed with |code| was surely not done. */
 bool mesh_registration_is_refused(int code);
+/* Sends it again if the token file has changed. */
+void mesh_registration_follow_token(struct mesh *mesh);
+void mesh_registration_fini(struct mesh_registration *registration);
 /* The agent does not know us any more. */
 void mesh_registration_lost(struct mesh *mesh);
 

@@ -35,8 +35,8 @@ void mesh_stop(struct mesh *mesh) {
     mesh->state = MESHX_STATE_STOPPING;
     loop_timer_stop(mesh->deadline);
     if (mesh->start_failed) {
-        loop_timer_start(mesh->deadline, (uint64_t)mesh->config.values.stop_timeout +
-                                             UNDO_MARGIN);
+        loop_timer_start(mesh->deadline,
+                         (uint64_t)mesh->config.values.stop_timeout + UNDO_MARGIN);
     }
     loop_timer_stop(mesh->heartbeat);
     loop_timer_stop(mesh->retry);

@@ -180,7 +180,8 @@ https_unverified(Config) ->
 
 wrong_ca(Config) ->
     Other = {"CONSUL_CACERT", file(Config, "other.pem")},
-    Vm = refused(Config, options(Config, https, [Other]), tls(Config, https, "consul_cacert \\(CONSUL_CACERT\\) or .* must be the authority")),
+    Remedy = "consul_cacert \\(CONSUL_CACERT\\) or .* must be the authority",
+    Vm = refused(Config, options(Config, https, [Other]), tls(Config, https, Remedy)),
     meshx_ct:call(Vm, os, putenv, tuple_to_list(ca(Config))),
     ?assertNotEqual(none, meshx_ct:service(meshx_ct:net_start(Vm, refused))).
 
@@ -189,11 +190,13 @@ no_ca(Config) ->
 
 ca_that_is_none(Config) ->
     None = {"CONSUL_CACERT", file(Config, "ca.key")},
-    refused(Config, options(Config, https, [None]), tls(Config, https, "\\(CONSUL_CACERT\\) or .* must hold PEM certificates")).
+    Remedy = "\\(CONSUL_CACERT\\) or .* must hold PEM certificates",
+    refused(Config, options(Config, https, [None]), tls(Config, https, Remedy)).
 
 wrong_server_name(Config) ->
     Name = {"CONSUL_TLS_SERVER_NAME", "server.dc2.consul"},
-    refused(Config, options(Config, https, [ca(Config), Name]), tls(Config, https, "server.dc2.consul.*; consul_tls_server_name \\(CONSUL_TLS_SERVER_NAME\\) must be")).
+    Remedy = "server.dc2.consul.*; consul_tls_server_name \\(CONSUL_TLS_SERVER_NAME\\) must be",
+    refused(Config, options(Config, https, [ca(Config), Name]), tls(Config, https, Remedy)).
 
 server_name(Config) ->
     works(Config, options(Config, https, [ca(Config), {"CONSUL_TLS_SERVER_NAME", "server.dc1.consul"}])).
@@ -229,7 +232,8 @@ expired_client_certificate(Config) ->
 key_of_another_certificate(Config) ->
     Key = {"CONSUL_CLIENT_KEY", file(Config, "stranger.key")},
     Variables = lists:keystore("CONSUL_CLIENT_KEY", 1, client(Config, "client"), Key),
-    refused(Config, options(Config, clients, Variables), tls(Config, clients, "consul_client_key \\(CONSUL_CLIENT_KEY\\) must be a certificate and its key")).
+    Remedy = "consul_client_key \\(CONSUL_CLIENT_KEY\\) must be a certificate and its key",
+    refused(Config, options(Config, clients, Variables), tls(Config, clients, Remedy)).
 
 missing_files(Config) ->
     [
@@ -286,7 +290,10 @@ open_files_are_warned_about(Config) ->
     meshx_ct:wait("the warnings", fun() -> length(meshx_ct:own_lines(Warned, 0)) >= 2 end),
     [First, Second] = lists:sort(meshx_ct:own_lines(Warned, 0)),
     [
-        ?assertMatch({match, _}, re:run(Line, ["^warning: .*", Key1, " = ", File, " can be read or changed by every user .*chmod o= ", File]))
+        ?assertMatch(
+            {match, _},
+            re:run(Line, ["^warning: .*", Key1, " = ", File, " can be read or changed by every user .*chmod o= ", File])
+        )
      || {Line, Key1, File} <- [
             {First, "consul_client_key \\(CONSUL_CLIENT_KEY\\)", Key},
             {Second, "consul_http_token_file \\(CONSUL_HTTP_TOKEN_FILE\\)", Token}
