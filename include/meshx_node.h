@@ -134,9 +134,9 @@ struct meshx_config {
 };
 
 enum meshx_event_type {
-    MESHX_EVENT_READY,  /* registered, sidecar accepts, checks pass */
-    MESHX_EVENT_FAILED, /* the start failed: |failure|. It is undone, unless that takes
-                           more than stop_timeout and a second. STOPPED follows. */
+    MESHX_EVENT_READY,    /* registered, sidecar accepts, checks pass */
+    MESHX_EVENT_FAILED,   /* the start failed: |failure|. It is undone, unless that takes
+                             more than stop_timeout and a second. STOPPED follows. */
     MESHX_EVENT_UPSTREAM, /* answer to meshx_mesh_upstream(): |request|, |failure| or
                              |port| */
     MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */

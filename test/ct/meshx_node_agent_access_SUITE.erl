@@ -307,12 +307,12 @@ halt_during_requests(Config) ->
     #{env := Env} = Options = options(Config, https, [ca(Config)]),
     Vm = fun(Number) ->
         Eval = "spawn(fun F() -> meshx_node:explain('nobody@nowhere'), F() end), timer:sleep(" ++
-            integer_to_list(Number * 3) ++ "), erlang:halt(7).",
+            integer_to_list(Number * 5) ++ "), erlang:halt(7).",
         meshx_ct:erl(Config, ["-sname", "halted", "-eval", Eval], Options#{
             env := [{"MESHX_SIDECAR_COMMAND", "none"}, {"MESHX_FORCE_REGISTRATION", "true"} | Env]
         })
     end,
-    [?assertMatch({Number, {7, _}}, {Number, Vm(Number)}) || Number <- lists:seq(1, 10)],
+    [?assertMatch({Number, {7, _}}, {Number, Vm(Number)}) || Number <- lists:seq(1, 6)],
     Agent = proplists:get_value(https, Config),
     Id = atom_to_binary(meshx_ct:node_name(halted)),
     {200, _} = meshx_ct_agent:request(Agent, "PUT", ["/v1/agent/service/deregister/", uri_string:quote(Id)], <<>>).
