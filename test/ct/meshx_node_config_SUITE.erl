@@ -80,7 +80,7 @@ defaults(Config) ->
     ?assert(is_binary(Guard)),
     ?assertEqual({absolute, <<"meshx_guard">>}, {filename:pathtype(Guard), filename:basename(Guard)}),
     %% Exactly what config() says, no more: neither the NIF nor people get raw values.
-    ?assertEqual(26, map_size(Loaded)).
+    ?assertEqual(27, map_size(Loaded)).
 
 order_of_sources(_) ->
     Flags = ["-meshx_node", "ttl", "4000", "-meshx_node", "stop_timeout", "1", "service_name", "dns"],
