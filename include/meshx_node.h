@@ -40,7 +40,7 @@ extern "C" {
     X(MESHX_EAGENT_NO_LEADER, -13, agent_no_leader)                                      \
     X(MESHX_EAGENT_ACL, -14, agent_acl)         /* 403 */                                \
     X(MESHX_EAGENT_REFUSED, -15, agent_refused) /* any other 4xx or 5xx */               \
-    X(MESHX_EAGENT_ANSWER, -16, agent_answer)   /* malformed or too large */             \
+    X(MESHX_EAGENT_ANSWER, -16, agent_answer)   /* malformed, broken off, too large */   \
     X(MESHX_EAGENT_BUSY, -17, agent_busy)       /* 429 or 503: it may answer later */    \
     X(MESHX_ENAME_IN_USE, -20, name_in_use)                                              \
     X(MESHX_ENODE_UNKNOWN, -21, node_unknown)                                            \
@@ -134,9 +134,9 @@ struct meshx_config {
 };
 
 enum meshx_event_type {
-    MESHX_EVENT_READY,  /* registered, sidecar accepts, checks pass */
-    MESHX_EVENT_FAILED, /* the start failed and is undone: |failure|. Followed by STOPPED
-                         */
+    MESHX_EVENT_READY,    /* registered, sidecar accepts, checks pass */
+    MESHX_EVENT_FAILED,   /* the start failed: |failure|. It is undone, unless that takes
+                             more than stop_timeout and a second. STOPPED follows. */
     MESHX_EVENT_UPSTREAM, /* answer to meshx_mesh_upstream(): |request|, |failure| or
                              |port| */
     MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */

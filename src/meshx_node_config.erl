@@ -10,7 +10,7 @@
 %% No process.
 -module(meshx_node_config).
 
--export([load/1, service_name/2, redact/1, table/0]).
+-export([load/1, service_name/2, name_keys/2, open_files/1, redact/1, table/0]).
 -export_type([config/0]).
 
 -type milliseconds() :: non_neg_integer().
@@ -28,6 +28,8 @@
     upstream_template := binary() | undefined,
     %% [{<<"CONSUL_HTTP_ADDR">>, <<"127.0.0.1:8500">>}]: only what is set.
     consul := [{binary(), binary()}],
+    %% How name_keys/2 shows the variables of consul.
+    consul_names := #{binary() => binary()},
     sidecar_command := [binary(), ...] | none,
     sidecar_environment := [binary()],
     guard_path := binary(),
@@ -52,6 +54,8 @@
 
 -type origin() ::
     {flag, binary()} | {environment, Name :: binary(), binary()} | {application, term()} | default.
+
+-include_lib("kernel/include/file.hrl").
 
 -define(DAY, 86400000).
 -define(HIDDEN, <<"[hidden]">>).
@@ -179,6 +183,40 @@ service_name(Node, #{naming := Naming}) ->
             Text = unicode:characters_to_binary(["service_name: ", Reason]),
             error({bad_configuration, Text})
     end.
+
+%% @doc A text of the C side, which knows Consul's variables only, with the keys they are the
+%% values of; and with the variable itself unless flag or application environment set the key.
+-spec name_keys(binary(), config() | map()) -> binary().
+name_keys(Text, #{consul_names := Names}) ->
+    Parts = re:split(Text, "(CONSUL_[A-Z_]*[A-Z])(=?)"),
+    iolist_to_binary(named_parts(Parts, Names)).
+
+named_parts([Text, Variable, Equals | Rest], Names) ->
+    Shown =
+        case {Names, Equals} of
+            {#{Variable := Name}, <<>>} -> Name;
+            {#{Variable := Name}, <<"=">>} -> [Name, " = "];
+            {#{}, _} -> [Variable, Equals]
+        end,
+    [Text, Shown | named_parts(Rest, Names)];
+named_parts(Text, _) ->
+    Text.
+
+%% @doc A warning for each file with a secret in it that every user of the host can read. A group
+%% may: that is how a host shares a token among its services.
+-spec open_files(config()) -> [unicode:chardata()].
+open_files(#{consul := Consul, consul_names := Names}) ->
+    [
+        [
+            maps:get(Variable, Names), " = ", File, " can be read or changed by every user of this host: chmod o= ", File
+        ]
+     || Variable <- [<<"CONSUL_HTTP_TOKEN_FILE">>, <<"CONSUL_CLIENT_KEY">>],
+        {_, File} <- [lists:keyfind(Variable, 1, Consul)],
+        is_open(file:read_file_info(File, [raw]))
+    ].
+
+is_open({ok, #file_info{mode = Mode}}) -> Mode band 8#006 =/= 0;
+is_open({error, _}) -> false.
 
 %% @doc The same for people: nothing secret is left in it.
 -spec redact(config()) -> config().
@@ -376,6 +414,7 @@ build(Node, Settings) ->
         service_name => ServiceName,
         naming => Naming,
         consul => Consul,
+        consul_names => consul_names(Settings),
         service_template => template(service_template, Settings, Values),
         upstream_template => template(upstream_template, Settings, Values),
         sidecar_command => command(Settings, Values, Environment),
@@ -408,6 +447,20 @@ consul_variables(Settings) ->
         {list_to_binary(variable(Key, Type)), value(Key, Settings)}
      || {Key, {consul, _} = Type, _, _, _} <- keys()
     ].
+
+consul_names(Settings) ->
+    maps:from_list([
+        begin
+            Variable = list_to_binary(variable(Key, Type)),
+            {Origin, _} = maps:get(Key, Settings),
+            {Variable, consul_name(Origin, atom_to_binary(Key), Variable)}
+        end
+     || {Key, {consul, _} = Type, _, _, _} <- keys()
+    ]).
+
+consul_name({flag, _}, Key, _) -> Key;
+consul_name({application, _}, Key, _) -> Key;
+consul_name(_, Key, Variable) -> <<Key/binary, " (", Variable/binary, ")">>.
 
 rank({flag, _}) -> 3;
 rank({environment, _, _}) -> 2;

@@ -143,8 +143,11 @@ init([]) ->
     {reply, term(), #state{}} | {noreply, #state{}}.
 handle_call({start_service, Node, Ip, Port}, From, #state{mesh = undefined} = S) ->
     case open(Node, Ip, Port) of
-        {ok, Mesh, Tag, Config} ->
-            {noreply, S#state{mesh = Mesh, tag = Tag, config = Config, starter = From}};
+        {ok, Mesh, Tag, Config, Warnings} ->
+            %% What was read may hold secrets; here, it would be in a crash dump.
+            true = erlang:garbage_collect(),
+            Opened = S#state{mesh = Mesh, tag = Tag, config = Config, starter = From},
+            {noreply, lists:foldl(fun warn/2, Opened, Warnings)};
         NotOpened ->
             {reply, NotOpened, S}
     end;
@@ -242,18 +245,25 @@ open(Node, Ip, Port) ->
                             sidecar_stdout,
                             sidecar_stderr,
                             upstreams,
-                            allowed_uids
+                            allowed_uids,
+                            consul_names
                         ],
                         Full
                     ),
                     renew_later(#state{tag = Tag, config = Kept}),
-                    {ok, Mesh, Tag, Kept};
-                NotOpened ->
-                    NotOpened
+                    {ok, Mesh, Tag, Kept, meshx_node_config:open_files(Config)};
+                stopping ->
+                    stopping;
+                {error, Failure} ->
+                    {error, named(Failure, Config)}
             end;
         {error, Failure} ->
             {error, Failure}
     end.
+
+%% A failure of the C side.
+named({Code, Text}, Config) ->
+    {Code, meshx_node_config:name_keys(Text, Config)}.
 
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
@@ -288,12 +298,12 @@ event(ready, _, #state{starter = Starter} = S) ->
 event(failed, Failure, #state{starter = Starter} = S) ->
     %% At boot net_kernel halts the VM now: there will be no default handler.
     Released = release(S),
-    gen_server:reply(Starter, {error, Failure}),
+    gen_server:reply(Starter, {error, named(Failure, S#state.config)}),
     Released#state{starter = undefined};
 event(upstream, {Request, {ok, Port}}, S) ->
     answer(Request, {ok, {sidecar, {127, 0, 0, 1}, Port}}, S);
-event(upstream, {Request, {error, Failure}}, S) ->
-    answer(Request, {error, Failure}, S);
+event(upstream, {Request, {error, Failure}}, #state{config = Config} = S) ->
+    answer(Request, {error, named(Failure, Config)}, S);
 event(info, {Request, {ok, Info}}, #state{config = #{upstreams := Static}} = S) ->
     answer(Request, {ok, Info#{links => link_infos(S), static_upstreams => Static}}, S);
 event(info, {Request, {error, Failure}}, S) ->
@@ -310,15 +320,15 @@ event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->
         off -> S;
         Level -> log(Level, "[~ts][~ts]: ~ts", [Node, Stream, Line], S)
     end;
-event(log, {Level, Text}, S) ->
-    log(Level, "meshx_node: ~ts", [Text], S);
+event(log, {Level, Text}, #state{config = Config} = S) ->
+    log(Level, "meshx_node: ~ts", [meshx_node_config:name_keys(Text, Config)], S);
 event(drained, _, #state{drainer = Drainer} = S) ->
     Drainer =:= undefined orelse gen_server:reply(Drainer, ok),
     S#state{drainer = undefined};
 event(stopped, Failure, #state{} = S) ->
     case Failure of
         undefined -> ok;
-        {_, Text} -> ?LOG_WARNING("meshx_node: ~ts", [Text])
+        {_, _} -> ?LOG_WARNING("meshx_node: ~ts", [element(2, named(Failure, S#state.config))])
     end,
     S#state{mesh = undefined, tag = undefined}.
 
@@ -360,6 +370,9 @@ log(Level, Format, Arguments, #state{held = []} = S) ->
     end;
 log(Level, Format, Arguments, #state{held = Held} = S) ->
     S#state{held = [{Level, Format, Arguments} | Held]}.
+
+warn(Text, S) ->
+    log(warning, "meshx_node: ~ts", [Text], S).
 
 is_booting() ->
     element(1, init:get_status()) =:= starting andalso

@@ -1,6 +1,6 @@
 /*
  * HTTP to the agent: curl's multi interface on the loop, after curl's docs/examples/
- * multi-uv.c. The only file that knows curl. Control thread only.
+ * multi-uv.c. With http_failure.c the only file that knows curl. Control thread only.
  *
  * curl tells us which sockets to watch (on_socket) and when to wake it (on_wake_time); we
  * tell it what happened (on_ready, on_wake). Finished calls are reported only after curl
@@ -16,7 +16,7 @@
  */
 #include "http.h"
 #include "error.h"
-#include <curl/curl.h>
+#include "http_failure.h"
 #include <dirent.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -156,96 +156,17 @@ static bool report(struct call *call, const struct meshx_failure *failure,
     return true;
 }
 
-/* What kind of trouble a transfer had. */
-enum trouble { NO_MEMORY, TOO_LARGE, TLS, NOT_HTTP, BROKEN, UNREACHABLE };
-
-static enum trouble trouble_of(const struct call *call, CURLcode result,
-                               long error_number) {
-    bool secure = strncmp(call->http->endpoint->url, "https:", 6) == 0;
-    switch (result) {
-    case CURLE_OUT_OF_MEMORY:
-        return NO_MEMORY;
-    case CURLE_WRITE_ERROR: /* on_body()'s, or a body that can't be decoded */
-        return call->out_of_memory ? NO_MEMORY : call->too_large ? TOO_LARGE : NOT_HTTP;
-    case CURLE_SSL_CONNECT_ERROR:
-    case CURLE_PEER_FAILED_VERIFICATION:
-    case CURLE_SSL_CERTPROBLEM:
-    case CURLE_SSL_CLIENTCERT: /* the agent wants one, or another one */
-    case CURLE_SSL_CIPHER:
-    case CURLE_SSL_CACERT_BADFILE:
-    case CURLE_SSL_ISSUER_ERROR:
-    case CURLE_SSL_CRL_BADFILE:
-    case CURLE_SSL_ENGINE_NOTFOUND:
-    case CURLE_SSL_ENGINE_SETFAILED:
-    case CURLE_SSL_ENGINE_INITFAILED:
-    case CURLE_SSL_INVALIDCERTSTATUS:
-    case CURLE_SSL_SHUTDOWN_FAILED:
-        return TLS;
-    case CURLE_WEIRD_SERVER_REPLY:
-    case CURLE_UNSUPPORTED_PROTOCOL: /* an answer without HTTP's first line */
-    case CURLE_BAD_CONTENT_ENCODING:
-        return NOT_HTTP;
-    case CURLE_RECV_ERROR:
-        if (secure && strstr(call->error, "alert") != NULL) {
-            return TLS; /* TLS 1.3: only after the handshake */
-        }
-        /* Chunks that can't be decoded come as this too, but the system had no part. */
-        return !secure && error_number == 0 ? NOT_HTTP : BROKEN;
-    case CURLE_GOT_NOTHING:
-    case CURLE_PARTIAL_FILE:
-    case CURLE_SEND_ERROR:
-        return BROKEN;
-    default:
-        return UNREACHABLE;
-    }
-}
-
 static void explain(const struct call *call, CURLcode result,
                     struct meshx_failure *failure) {
-    const char *agent = call->http->endpoint->shown;
-    long error_number = 0;
-    curl_easy_getinfo(call->easy, CURLINFO_OS_ERRNO, &error_number);
-    char words[128];
-    const char *why = call->error[0] != '\0' ? call->error : curl_easy_strerror(result);
-    if (result == CURLE_COULDNT_CONNECT && error_number != 0) {
-        /* curl's own text leaves it out. */
-        why = strerror_r((int)error_number, words, sizeof words);
-    }
-    switch (trouble_of(call, result, error_number)) {
-    case NO_MEMORY:
-        error_set(failure, MESHX_ENOMEM, "out of memory");
-        break;
-    case TOO_LARGE:
-        error_set(failure, MESHX_EAGENT_ANSWER,
-                  "Consul agent at %s: its answer is larger than %zu MiB; is "
-                  "CONSUL_HTTP_ADDR the agent's HTTP port?",
-                  agent, HTTP_MAX_BODY >> 20);
-        break;
-    case TLS:
-        error_set(failure, MESHX_EAGENT_TLS,
-                  "Consul agent at %s: TLS failed: %s; check CONSUL_HTTP_ADDR, "
-                  "CONSUL_CACERT, CONSUL_CLIENT_CERT, CONSUL_TLS_SERVER_NAME",
-                  agent, why);
-        break;
-    case NOT_HTTP:
-        error_set(failure, MESHX_EAGENT_ANSWER,
-                  "Consul agent at %s: its answer is not HTTP: %s; is CONSUL_HTTP_ADDR "
-                  "the agent's HTTP port?",
-                  agent, why);
-        break;
-    case BROKEN:
-        error_set(failure, MESHX_EAGENT_UNREACHABLE,
-                  "Consul agent at %s broke the connection: %s; is it running, and "
-                  "below its limit http_max_conns_per_client?",
-                  agent, why);
-        break;
-    case UNREACHABLE:
-        error_set(failure, MESHX_EAGENT_UNREACHABLE,
-                  "Consul agent at %s can't be reached: %s; is it running? "
-                  "CONSUL_HTTP_ADDR says where it is",
-                  agent, why);
-        break;
-    }
+    struct http_transfer transfer = {.endpoint = call->http->endpoint,
+                                     .result = result,
+                                     .words = call->error,
+                                     .too_large = call->too_large,
+                                     .limit = HTTP_MAX_BODY,
+                                     .out_of_memory = call->out_of_memory};
+    curl_easy_getinfo(call->easy, CURLINFO_OS_ERRNO, &transfer.error_number);
+    curl_easy_getinfo(call->easy, CURLINFO_SSL_VERIFYRESULT, &transfer.verify_result);
+    http_failure_set(&transfer, failure);
 }
 
 /* Whether |url| is at the agent too: nobody else may see our token. */

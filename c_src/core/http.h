@@ -1,6 +1,6 @@
 /*
- * HTTP to the Consul agent: libcurl's multi interface driven by the loop; the only file
- * that knows curl. L3, control thread only.
+ * HTTP to the Consul agent: libcurl's multi interface driven by the loop; only the files
+ * of http know curl. L3, control thread only.
  *
  * At most two connections to the agent, kept alive. Every request has a deadline and its
  * callback is called exactly once, later (never from within http_send()), unless
@@ -31,9 +31,10 @@ struct http_answer {
 };
 
 /*
- * |failure| != NULL: no answer (MESHX_EAGENT_UNREACHABLE, _TIMEOUT, _TLS, _ANSWER,
- * MESHX_ECONFIG for an unreadable token file, MESHX_ENOMEM), |answer| is NULL. Any status
- * is an answer.
+ * |failure| != NULL: no whole answer, |answer| is NULL. After MESHX_EAGENT_UNREACHABLE,
+ * _TLS, MESHX_ECONFIG (token file unreadable) and MESHX_ENOMEM the agent has not got the
+ * request; after _TIMEOUT and _ANSWER (connection broken, or not HTTP, or too long) it
+ * may have done what was asked. Any status is an answer.
  */
 typedef void (*http_done)(const struct meshx_failure *failure,
                           const struct http_answer *answer, void *argument);

@@ -35,6 +35,15 @@ void mesh_note_failure(struct mesh *mesh, const struct meshx_failure *failure) {
     mesh->last_failure = *failure;
 }
 
+void mesh_tell_failure(struct mesh *mesh) {
+    if (mesh->start_failed && !mesh->failure_told) {
+        struct meshx_event event = {.type = MESHX_EVENT_FAILED,
+                                    .failure = &mesh->failure};
+        mesh->failure_told = true;
+        mesh_emit(mesh, &event);
+    }
+}
+
 static void answer_info(struct mesh *mesh, uint64_t request) {
     struct meshx_event event = {.type = MESHX_EVENT_INFO, .request = request};
     struct meshx_failure failure;
@@ -213,6 +222,8 @@ static void on_deadline(void *argument) {
     mesh_read_mailbox(mesh);
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_overdue(mesh);
+    } else {
+        mesh_tell_failure(mesh);
     }
 }
 
@@ -312,6 +323,7 @@ static void begin(void *argument) {
 }
 
 static void mesh_free(struct mesh *mesh) {
+    mesh_registration_fini(&mesh->registration);
     mesh_config_fini(&mesh->config);
     free(mesh);
 }
@@ -349,11 +361,7 @@ void mesh_finish(struct mesh *mesh) {
         request = next;
     }
     mesh_upstream_stop(mesh);
-    if (mesh->start_failed) {
-        struct meshx_event event = {.type = MESHX_EVENT_FAILED,
-                                    .failure = &mesh->failure};
-        mesh_emit(mesh, &event);
-    }
+    mesh_tell_failure(mesh);
     struct meshx_event event = {.type = MESHX_EVENT_STOPPED,
                                 .failure =
                                     mesh->stop_failed ? &mesh->stop_failure : NULL};

@@ -139,19 +139,23 @@ void mesh_check_set(struct mesh_check *check, enum consul_check status,
 static void check_vm(struct mesh *mesh) {
     uint32_t ttl = mesh->config.values.ttl;
     uint64_t age = loop_now() - atomic_load(&mesh->handle->renewed_at);
-    bool lapsed = (int64_t)age > (int64_t)ttl; /* a renewal may be later than our now */
+    /* One renewal may be missed. Seen at the next heartbeat, that is within the TTL. A
+     * renewal may be later than our now. */
+    bool lapsed = (int64_t)age > (int64_t)(ttl - ttl / 3);
     if (lapsed && !mesh->lease_lapsed) {
         mesh_log(mesh, MESHX_LEVEL_WARNING,
-                 "the VM of %s has not answered for %llu ms: its check is left to go "
-                 "critical; is the VM overloaded or suspended?",
+                 "the VM of %s has not answered for %llu ms: its checks are failed until "
+                 "it does; is the VM overloaded, or was it suspended?",
                  mesh->config.values.node, (unsigned long long)age);
-        mesh->troubles[MESH_TALK_VM_CHECK] = MESHX_OK; /* nothing is tried any more */
     } else if (!lapsed && mesh->lease_lapsed) {
         mesh_log(mesh, MESHX_LEVEL_NOTICE, "the VM of %s answers again",
                  mesh->config.values.node);
     }
     mesh->lease_lapsed = lapsed;
-    if (!lapsed) {
+    if (lapsed) {
+        mesh_check_set(&mesh->vm_check, CONSUL_FAIL, "the VM does not answer");
+        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, "the VM does not answer");
+    } else {
         mesh_check_set(&mesh->vm_check, CONSUL_PASS, "the node answers");
     }
 }
@@ -170,6 +174,7 @@ void mesh_heartbeat(struct mesh *mesh) {
     if (mesh->draining) {
         return;
     }
+    mesh_registration_follow_token(mesh);
     check_vm(mesh);
     if (mesh->sidecar != NULL && mesh->sidecar_pid == 0) {
         /* Said at once when it ended; said again, the agent may have missed it. */

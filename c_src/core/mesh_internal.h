@@ -133,10 +133,12 @@ struct mesh_registration {
     uint64_t wanted;
     uint64_t sent;
     uint64_t applied;
-    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing */
+    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing.
+                        Also one that has nothing new but the token. */
     uint64_t moving; /* revision after which the sidecar restarts at its new port; 0 */
     bool in_flight;
-    bool may_exist; /* something of ours may be registered */
+    bool may_exist;   /* something of ours may be registered */
+    struct buf token; /* what the token file held when it was last sent */
 };
 
 struct mesh {
@@ -150,13 +152,14 @@ struct mesh {
     enum mesh_step step;
     bool draining;
     bool start_failed; /* |failure| says why */
+    bool failure_told; /* FAILED was emitted */
     struct meshx_failure failure;
     bool stop_failed; /* |stop_failure| says why it may still be registered */
     struct meshx_failure stop_failure;
     bool has_last_failure;
     struct meshx_failure last_failure;
 
-    struct loop_timer *deadline;  /* STARTING: start_timeout */
+    struct loop_timer *deadline;  /* STARTING: start_timeout; then: to undo it */
     struct loop_timer *heartbeat; /* READY; in MESH_VISIBLE: when to look again */
     struct loop_timer *retry;
     struct loop_timer *gather; /* READY: the registration waits no longer */
@@ -212,6 +215,8 @@ void mesh_emit(struct mesh *mesh, const struct meshx_event *event);
 void mesh_log(struct mesh *mesh, enum meshx_level level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 void mesh_note_failure(struct mesh *mesh, const struct meshx_failure *failure);
+/* FAILED, once, if the start has failed. */
+void mesh_tell_failure(struct mesh *mesh);
 /* Takes what other threads have left; also called by timers, because a wish for drain or
  * stop may have come without memory to post it. */
 void mesh_read_mailbox(struct mesh *mesh);
@@ -240,6 +245,9 @@ uint64_t mesh_registration_change(struct mesh *mesh);
 void mesh_registration_apply(struct mesh *mesh);
 /* Whether a registration that failed with |code| was surely not done. */
 bool mesh_registration_is_refused(int code);
+/* Sends it again if the token file has changed. */
+void mesh_registration_follow_token(struct mesh *mesh);
+void mesh_registration_fini(struct mesh_registration *registration);
 /* The agent does not know us any more. */
 void mesh_registration_lost(struct mesh *mesh);
 

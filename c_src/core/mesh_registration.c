@@ -8,6 +8,7 @@
 #include "error.h"
 #include "mesh_internal.h"
 #include <stdlib.h>
+#include <string.h>
 
 static void on_registered(const struct meshx_failure *failure, void *argument);
 static void settle(struct mesh *mesh, const struct meshx_failure *failure);
@@ -56,10 +57,30 @@ bool mesh_registration_is_refused(int code) {
            code == MESHX_ECONFIG;
 }
 
+/* A connection that broke is not among these: the agent may have done it before. */
+static bool has_not_arrived(int code) {
+    return code == MESHX_EAGENT_UNREACHABLE || code == MESHX_EAGENT_TLS;
+}
+
 uint64_t mesh_registration_change(struct mesh *mesh) {
     uint64_t revision = ++mesh->registration.wanted;
     mesh_registration_apply(mesh);
     return revision;
+}
+
+static void forget_token(struct buf *token) {
+    if (token->data != NULL) {
+        explicit_bzero(token->data, token->size);
+    }
+    buf_fini(token);
+}
+
+/* Empty if there is none, or it can't be read now. */
+static void read_token(const struct mesh *mesh, struct buf *token) {
+    struct meshx_failure ignored; /* named by whichever request needs the token */
+    if (mesh->config.endpoint.token_file != NULL) {
+        (void)endpoint_token(&mesh->config.endpoint, token, &ignored);
+    }
 }
 
 void mesh_registration_apply(struct mesh *mesh) {
@@ -74,6 +95,8 @@ void mesh_registration_apply(struct mesh *mesh) {
     struct meshx_failure failure;
     registration->in_flight = true;
     registration->sent = registration->wanted;
+    forget_token(&registration->token);
+    read_token(mesh, &registration->token);
     int code = write_registration(mesh, &json, &failure);
     if (code == MESHX_OK) {
         code = consul_register(mesh->consul, json, on_registered, mesh);
@@ -85,6 +108,30 @@ void mesh_registration_apply(struct mesh *mesh) {
     if (code != MESHX_OK) {
         settle(mesh, &failure); /* nothing was sent */
     }
+}
+
+/* The agent keeps the token of a registration and tells its servers about the service
+ * with it. Once that one is revoked they would not hear of us any more. */
+void mesh_registration_follow_token(struct mesh *mesh) {
+    struct mesh_registration *registration = &mesh->registration;
+    struct buf token = {0};
+    read_token(mesh, &token);
+    bool changed =
+        token.size > 0 && strcmp(buf_text(&token), buf_text(&registration->token)) != 0;
+    forget_token(&token);
+    if (changed && registration->lost == 0) {
+        mesh_log(
+            mesh, MESHX_LEVEL_NOTICE,
+            "the token in CONSUL_HTTP_TOKEN_FILE=%s has changed: registering %s again "
+            "with it",
+            mesh->config.endpoint.token_file, mesh->config.values.service_id);
+        registration->lost = ++registration->wanted;
+        mesh_registration_apply(mesh);
+    }
+}
+
+void mesh_registration_fini(struct mesh_registration *registration) {
+    forget_token(&registration->token);
 }
 
 void mesh_registration_lost(struct mesh *mesh) {
@@ -126,7 +173,7 @@ static void on_registered(const struct meshx_failure *failure, void *argument) {
         registration->may_exist = true;
         registration->applied = registration->sent;
         mesh->registrations++;
-    } else if (failure->code != MESHX_EAGENT_UNREACHABLE &&
+    } else if (!has_not_arrived(failure->code) &&
                !mesh_registration_is_refused(failure->code)) {
         registration->may_exist = true; /* it may have done it and not said so */
     }

@@ -10,6 +10,10 @@
 #include "error.h"
 #include "mesh_internal.h"
 
+/* What a sidecar gets from TERM to its end, and as much for the agent. Who waits for a
+ * start that failed is then told so, though it is still being undone. */
+#define UNDO_MARGIN 1000
+
 static void finish_soon(struct mesh *mesh) {
     loop_timer_start(mesh->finish, 0);
 }
@@ -37,6 +41,10 @@ void mesh_stop(struct mesh *mesh) {
     }
     mesh->state = MESHX_STATE_STOPPING;
     loop_timer_stop(mesh->deadline);
+    if (mesh->start_failed) {
+        loop_timer_start(mesh->deadline,
+                         (uint64_t)mesh->config.values.stop_timeout + UNDO_MARGIN);
+    }
     loop_timer_stop(mesh->heartbeat);
     loop_timer_stop(mesh->retry);
     loop_timer_stop(mesh->gather);

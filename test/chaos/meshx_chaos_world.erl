@@ -27,7 +27,7 @@
 
 -spec start([{atom(), term()}], pos_integer()) -> world().
 start(Config, Count) ->
-    Agent = meshx_ct:add_agent(Config, #{keeps_data => true}),
+    Agent = meshx_ct:add_agent(Config, #{servers => 1}),
     members_start(#{config => Config, agent => Agent, nodes => #{}, count => Count, usual => #{}}).
 
 members_start(#{count := Count} = World) ->

@@ -11,7 +11,7 @@
 -export([init_suite/1, init_suite/2, end_suite/1, end_case/1, nothing_is_left/1, root/0]).
 -export([start/3, start_all/2, start_all/3, vm/2, net_start/2, net_start/3, erl/3]).
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
--export([call/2, call/4, stop/1, kill/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
+-export([call/2, call/4, stop/1, kill/1, crash/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
 -export([wait/2, wait/3, mark/1, lines/2, own_lines/2, has_line/3]).
 -export_type([test_node/0, options/0]).
@@ -430,6 +430,13 @@ kill(#{node := Name, agent := Agent, id := Id} = Node) ->
     Service = atom_to_binary(Name),
     true = ets:insert(?TABLE, {{killed, Id, Service}, Agent, 'case'}),
     signal(Node, "KILL").
+
+%% As kill/1, with a crash dump.
+-spec crash(test_node()) -> ok.
+crash(#{node := Name, agent := Agent, id := Id, peer := Peer} = Node) ->
+    true = ets:insert(?TABLE, {{killed, Id, atom_to_binary(Name)}, Agent, 'case'}),
+    peer:cast(Peer, erlang, halt, ["crash"]),
+    wait("the VM's crash", fun() -> is_gone(Node) end).
 
 -spec signal(test_node(), string()) -> ok.
 signal(#{process := Process} = Node, Signal) ->

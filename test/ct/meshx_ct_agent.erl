@@ -4,7 +4,7 @@
 %% Erlang port: when the port or the whole VM goes, so does the agent.
 -module(meshx_ct_agent).
 
--export([start/1, stop/1, forget/1, restart/1, url/1, binary/0, free_port/0]).
+-export([start/1, stop/1, forget/1, restart/1, url/1, lan/1, binary/0, free_port/0]).
 -export([get/2, put/3, request/4, request/5]).
 -export([services/1, healthy/2, upstreams/2, deny/3, allow/3, delete_intentions/1]).
 -export_type([agent/0]).
@@ -23,10 +23,16 @@
 ).
 
 %% The calling process owns the agent. Directory is the agent's own. `config' is HCL, `token' is
-%% sent with every request of this module. With `keeps_data' it knows after a restart what it knew
-%% before, until forget/1; then a leader takes some seconds to be elected.
+%% sent with every request of this module. With `servers', it is one of so many, for which it
+%% doesn't wait, and has a `name' of its own; lan/1 says where the others join it. Such a one knows
+%% after a restart what it knew before, until forget/1; then a leader takes some seconds to be
+%% elected.
 -spec start(#{
-    directory := file:filename(), config => string(), token => string(), keeps_data => boolean()
+    directory := file:filename(),
+    config => string(),
+    token => string(),
+    servers => pos_integer(),
+    name => string()
 }) -> agent().
 start(Options) ->
     start(Options, 5).
@@ -43,7 +49,7 @@ start(#{directory := Directory} = Options, Tries) ->
         Log,
         binary(),
         "agent",
-        "-node=meshx-ct",
+        lists:concat(["-node=", maps:get(name, Options, "meshx-ct")]),
         "-bind=127.0.0.1",
         "-client=127.0.0.1",
         "-dns-port=-1",
@@ -69,7 +75,13 @@ start(#{directory := Directory} = Options, Tries) ->
         options => Options#{ports => Ports},
         http => Http, port => Port, directory => Directory, process => meshx_ct_proc:find(OsPid)
     }),
-    case has_leader(Agent, erlang:monotonic_time(millisecond) + 60000) of
+    Deadline = erlang:monotonic_time(millisecond) + 60000,
+    Ready =
+        case Options of
+            #{servers := Servers} when Servers > 1 -> answers(Agent, Deadline);
+            #{} -> has_leader(Agent, Deadline)
+        end,
+    case Ready of
         true ->
             Agent;
         false when Tries > 1 ->
@@ -81,13 +93,13 @@ start(#{directory := Directory} = Options, Tries) ->
             error({agent_does_not_start, binary:part(Text, byte_size(Text), -min(2000, byte_size(Text)))})
     end.
 
-mode(#{keeps_data := true, directory := Directory}) ->
+%% A server that keeps its data in its directory, or one that is all a cluster needs and keeps none.
+mode(#{servers := Servers, directory := Directory}) ->
     [
         "-server",
-        "-bootstrap-expect=1",
+        lists:concat(["-bootstrap-expect=", Servers]),
         "-data-dir=" ++ data(Directory),
-        "-hcl",
-        "connect { enabled = true } performance { raft_multiplier = 1 }"
+        "-hcl=connect { enabled = true } performance { raft_multiplier = 1 }"
     ];
 mode(_) ->
     ["-dev"].
@@ -99,6 +111,23 @@ data(Directory) ->
 newer_arguments() ->
     Help = os:cmd(lists:concat(["'", binary(), "' agent -help 2>&1"])),
     ["-grpc-tls-port=-1" || string:find(Help, "grpc-tls-port") =/= nomatch].
+
+%% Not more: it may be without a leader.
+answers(#{process := none}, _) ->
+    false;
+answers(#{http := Http, process := Process} = Agent, Deadline) ->
+    case gen_tcp:connect({127, 0, 0, 1}, Http, []) of
+        {ok, Socket} ->
+            gen_tcp:close(Socket),
+            true;
+        {error, _} ->
+            Waits = erlang:monotonic_time(millisecond) < Deadline,
+            meshx_ct_proc:is_alive(Process) andalso Waits andalso
+                begin
+                    timer:sleep(20),
+                    answers(Agent, Deadline)
+                end
+    end.
 
 has_leader(#{process := none}, _) ->
     false;
@@ -154,6 +183,11 @@ gone(Process, Tries) ->
 -spec url(agent()) -> string().
 url(#{http := Http}) ->
     lists:concat(["127.0.0.1:", Http]).
+
+%% Where other servers join it.
+-spec lan(agent()) -> string().
+lan(#{options := #{ports := [_, _, _, Serf]}}) ->
+    lists:concat(["127.0.0.1:", Serf]).
 
 %% MESHX_CONSUL, else what `make consul' has left in this tree.
 -spec binary() -> file:filename().

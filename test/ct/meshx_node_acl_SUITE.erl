@@ -15,7 +15,9 @@ all() ->
         unknown_token,
         smallest_policy,
         token_from_a_file,
+        token_that_is_replaced,
         token_never_shows,
+        token_in_no_crash_dump,
         nobody_is_allowed_without_an_intention,
         nothing_is_left
     ].
@@ -39,6 +41,9 @@ nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
 
 %% A token with the rights a node needs and no other.
 token(Config, Name) ->
+    element(2, token_with_id(Config, Name)).
+
+token_with_id(Config, Name) ->
     Agent = proplists:get_value(agent, Config),
     Node = atom_to_binary(meshx_ct:node_name(Name)),
     Rules = [
@@ -49,10 +54,10 @@ token(Config, Name) ->
     ],
     Policy = <<"policy-", (integer_to_binary(erlang:unique_integer([positive])))/binary>>,
     meshx_ct_agent:put(Agent, "/v1/acl/policy", #{<<"Name">> => Policy, <<"Rules">> => iolist_to_binary(Rules)}),
-    {ok, #{<<"SecretID">> := Secret}} = meshx_node_json:decode(
+    {ok, #{<<"SecretID">> := Secret, <<"AccessorID">> := Accessor}} = meshx_node_json:decode(
         meshx_ct_agent:put(Agent, "/v1/acl/token", #{<<"Policies">> => [#{<<"Name">> => Policy}]})
     ),
-    binary_to_list(Secret).
+    {Accessor, binary_to_list(Secret)}.
 
 with_token(Config, Name) ->
     meshx_ct:start(Config, Name, #{env => [{"CONSUL_HTTP_TOKEN", token(Config, Name)}]}).
@@ -104,6 +109,42 @@ token_from_a_file(Config) ->
     %% Without it the node could not even deregister.
     ok = file:write_file(File, token(Config, filed)).
 
+%% The old one is revoked while the node runs. Heartbeats go on; the agent, which keeps the token of
+%% a registration to tell its servers of it, gets the new one; so does the next sidecar.
+token_that_is_replaced(Config) ->
+    Agent = proplists:get_value(agent, Config),
+    File = filename:join(maps:get(directory, Agent), "replaced"),
+    {OldId, Old} = token_with_id(Config, replaced),
+    ok = file:write_file(File, Old),
+    Node = meshx_ct:start(Config, replaced, #{env => [{"CONSUL_HTTP_TOKEN_FILE", File}, {"MESHX_TTL", "3000"}]}),
+    Other = with_token(Config, other),
+    allow(Config, Node, Other),
+    allow(Config, Other, Node),
+    ?assert(meshx_ct:connect(Other, Node)),
+    Mark = meshx_ct:mark(Node),
+    ok = file:write_file(File, token(Config, replaced)),
+    meshx_ct:wait("the new registration", fun() -> {ok, 2} =:= meshx_ct:call(Node, meshx_node, info, [registrations]) end),
+    ?assertMatch([_, _], meshx_ct:own_lines(Node, Mark)),
+    ?assert(meshx_ct:has_line(Node, Mark, "^notice: .*consul_http_token_file \\(CONSUL_HTTP_TOKEN_FILE\\).* has changed")),
+    {200, _} = meshx_ct_agent:request(Agent, "DELETE", ["/v1/acl/token/", OldId], <<>>),
+    %% The link lived on; the sidecar has the token it was started with.
+    ?assertEqual([maps:get(node, Node)], meshx_ct:call(Other, erlang, nodes, [])),
+    #{node := Name} = Node,
+    Sidecar = meshx_ct:sidecar(Node),
+    meshx_ct_proc:signal(Sidecar, "KILL"),
+    meshx_ct:wait("another sidecar", fun() ->
+        {ok, Info} = meshx_ct:call(Node, meshx_node, info, []),
+        maps:get(sidecar_accepts, Info) andalso maps:get(sidecar_pid, Info) =/= meshx_ct_proc:pid(Sidecar)
+    end),
+    meshx_ct:wait("a link through it", fun() -> meshx_ct:connect(Other, Node) end),
+    meshx_ct:call(Other, erlang, disconnect_node, [Name]),
+    meshx_ct:wait("a link from it", fun() -> meshx_ct:connect(Node, Other) end),
+    ?assertEqual({ok, 0}, meshx_ct:call(Node, meshx_node, info, [request_failures])),
+    %% What the servers know follows the agent to the end.
+    meshx_ct:stop(Node),
+    Path = ["/v1/catalog/service/", uri_string:quote(atom_to_binary(Name))],
+    meshx_ct:wait("the catalog without it", fun() -> meshx_ct_agent:get(Agent, Path) =:= [] end).
+
 %% Neither in the log nor in the arguments of any process.
 token_never_shows(Config) ->
     Secret = token(Config, secretive),
@@ -121,6 +162,48 @@ token_never_shows(Config) ->
         end
      || Process <- Processes
     ].
+
+%% The secrets were read from the environment and from a file, and were used by requests.
+token_in_no_crash_dump(Config) ->
+    Directory = maps:get(directory, proplists:get_value(agent, Config)),
+    Dump = filename:join(Directory, "erl_crash.dump"),
+    File = filename:join(Directory, "dumped"),
+    Secret = token(Config, dumped),
+    ok = file:write_file(File, Secret),
+    [
+        begin
+            Node = meshx_ct:start(Config, dumped, #{
+                env => [
+                    {"CONSUL_HTTP_AUTH", "user:tops3cret"},
+                    {"MESHX_SIDECAR_ENV", "SOME=tops4cret"},
+                    {"MESHX_SERVICE_TEMPLATE", "{\"Meta\": {\"some\": \"tops5cret\"}}"},
+                    {"ERL_CRASH_DUMP", Dump},
+                    Variable
+                ]
+            }),
+            meshx_ct:failed_connect(Node, meshx_ct:node_name(nobody), "is not registered"),
+            meshx_ct:watch(Node),
+            %% What would be found.
+            Held = [<<"tops6cret">>, binary:copy(<<"tops7cret">>, 10), <<"tops8cret">>],
+            meshx_ct:call(Node, ?MODULE, hold, Held),
+            %% As an error of the emulator's ends a VM.
+            meshx_ct:crash(Node),
+            Texts = [list_to_binary(Secret), base64:encode("user:tops3cret")] ++
+                [<<"tops", (integer_to_binary(N))/binary, "cret">> || N <- lists:seq(3, 8)],
+            ?assertEqual([<<"tops6cret">>, <<"tops7cret">>, <<"tops8cret">>], meshx_ct_dump:contains(Dump, Texts)),
+            ok = file:delete(Dump)
+        end
+     || Variable <- [{"CONSUL_HTTP_TOKEN", Secret}, {"CONSUL_HTTP_TOKEN_FILE", File}]
+    ].
+
+hold(Small, Large, String) ->
+    Pid = spawn(fun() ->
+        Characters = binary_to_list(String),
+        receive
+            end_of_holding -> {Small, Large, Characters}
+        end
+    end),
+    is_pid(Pid).
 
 nobody_is_allowed_without_an_intention(Config) ->
     [One, Two] = [with_token(Config, Name) || Name <- [one, two]],

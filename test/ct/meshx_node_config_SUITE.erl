@@ -30,6 +30,7 @@ all() ->
         restarts_in_order,
         consul_settings,
         token_of_higher_rank_than_file,
+        variables_and_their_keys,
         table_has_all_keys,
         readme_has_the_table,
         at_boot
@@ -79,7 +80,7 @@ defaults(Config) ->
     ?assert(is_binary(Guard)),
     ?assertEqual({absolute, <<"meshx_guard">>}, {filename:pathtype(Guard), filename:basename(Guard)}),
     %% Exactly what config() says, no more: neither the NIF nor people get raw values.
-    ?assertEqual(26, map_size(Loaded)).
+    ?assertEqual(27, map_size(Loaded)).
 
 order_of_sources(_) ->
     Flags = ["-meshx_node", "ttl", "4000", "-meshx_node", "stop_timeout", "1", "service_name", "dns"],
@@ -426,6 +427,20 @@ token_of_higher_rank_than_file(_) ->
     ),
     ?assertEqual([{<<"CONSUL_HTTP_TOKEN">>, <<"t">>}], maps:get(consul, FromFlag)),
     ?assertNot(lists:member(<<"CONSUL_HTTP_TOKEN_FILE=/f">>, maps:get(sidecar_environment, FromFlag))).
+
+%% What the C side says in Consul's words.
+variables_and_their_keys(_) ->
+    os:putenv("CONSUL_CACERT", "/ca.pem"),
+    set([{consul_client_key, "/key.pem"}]),
+    Loaded = load(),
+    ?assertEqual(
+        <<"consul_client_key = /key.pem: no; consul_cacert (CONSUL_CACERT), consul_http_addr (CONSUL_HTTP_ADDR)">>,
+        meshx_node_config:name_keys(
+            <<"CONSUL_CLIENT_KEY=/key.pem: no; CONSUL_CACERT, CONSUL_HTTP_ADDR">>, Loaded
+        )
+    ),
+    Others = <<"nothing of CONSUL_OTHER=1, ", 255, " or CONSUL_">>,
+    ?assertEqual(Others, meshx_node_config:name_keys(Others, Loaded)).
 
 %%% The whole
 
