@@ -24,6 +24,8 @@
     statistics/1,
     mesh_open/2,
     mesh_upstream/5,
+    mesh_link_up/5,
+    mesh_link_down/2,
     mesh_info/2,
     mesh_renew/1,
     mesh_drain/1,
@@ -180,9 +182,20 @@ mesh_open(_Config, _Tag) ->
     not_loaded().
 
 %% Asks for the sidecar's local port towards a node; an `upstream' event answers.
--spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask) ->
+-spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask | accept) ->
     ok | {error, atom()}.
 mesh_upstream(_Mesh, _Request, _Node, _ServiceName, _Mode) ->
+    not_loaded().
+
+%% A node is linked from now on until mesh_link_down/2: `link_denied' and `link_health' events may
+%% tell of it.
+-spec mesh_link_up(mesh(), pos_integer(), binary(), binary() | undefined, dialed | accepted) ->
+    ok | {error, atom()}.
+mesh_link_up(_Mesh, _Id, _Node, _ServiceName, _How) ->
+    not_loaded().
+
+-spec mesh_link_down(mesh(), pos_integer()) -> ok | {error, atom()}.
+mesh_link_down(_Mesh, _Id) ->
     not_loaded().
 
 %% Asks for an `info' event.

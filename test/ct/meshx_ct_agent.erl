@@ -40,7 +40,6 @@ start(#{directory := Directory} = Options, Tries) ->
         Log,
         binary(),
         "agent",
-        "-dev",
         "-node=meshx-ct",
         "-bind=127.0.0.1",
         "-client=127.0.0.1",
@@ -53,7 +52,7 @@ start(#{directory := Directory} = Options, Tries) ->
         lists:concat(["-serf-lan-port=", Serf]),
         "-hcl",
         maps:get(config, Options, "")
-        | newer_arguments()
+        | mode(Options) ++ newer_arguments()
     ],
     Clean = [{Name, false} || "CONSUL_" ++ _ = Name <- [N || {N, _} <- os:env()]],
     Port = open_port({spawn_executable, "/bin/sh"}, [
@@ -78,6 +77,17 @@ start(#{directory := Directory} = Options, Tries) ->
             {ok, Text} = file:read_file(Log),
             error({agent_does_not_start, binary:part(Text, byte_size(Text), -min(2000, byte_size(Text)))})
     end.
+
+%% A server that keeps its data in its directory, or one that is all a cluster needs and keeps none.
+mode(#{servers := Servers, directory := Directory}) ->
+    [
+        "-server",
+        lists:concat(["-bootstrap-expect=", Servers]),
+        "-data-dir=" ++ filename:join(Directory, "data"),
+        "-hcl=connect { enabled = true } performance { raft_multiplier = 1 }"
+    ];
+mode(_) ->
+    ["-dev"].
 
 %% Consul >= 1.14 opens one more port, which older ones do not know how to close.
 newer_arguments() ->
@@ -112,7 +122,7 @@ stop(#{port := Port, process := Process}) ->
     catch port_close(Port),
     Process =:= none orelse gone(Process, 250).
 
-%% At the same ports, after stop/1, without any state.
+%% At the same ports, after stop/1, without any state but the data of one with `servers'.
 -spec restart(agent()) -> agent().
 restart(#{options := Options}) ->
     start(Options, 1).
