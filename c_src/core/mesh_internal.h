@@ -253,6 +253,9 @@ struct mesh {
     struct document_checks critical;       /* the same */
     struct loop_timer *recheck; /* when links are judged anew, queries or not */
     bool rechecking;            /* |recheck| is set */
+    uint64_t away_since;        /* the agent can't be reached; 0: it can */
+    uint64_t away_time;         /* how long that was the last time */
+    bool sidecar_outdated;      /* it has not noticed that the agent lost its state */
     struct mesh_link *links;
     uint64_t link_news;        /* counts what makes all links be judged anew */
     unsigned links_asked;      /* links that are being judged */
@@ -353,6 +356,9 @@ int mesh_watch_init(struct mesh *mesh);   /* on failure mesh_watch_end() is call
 void mesh_watch_begin(struct mesh *mesh); /* READY; and when a link has come up */
 void mesh_watch_end(struct mesh *mesh);   /* nothing is begun any more */
 void mesh_watch_fini(struct mesh *mesh);  /* the agent's answers can't come any more */
+/* We are registered again at an agent that had lost us; and the last link is down. */
+void mesh_watch_lost(struct mesh *mesh);
+void mesh_watch_unlinked(struct mesh *mesh);
 /* Something could not be asked: links are judged anew before long. */
 void mesh_watch_recheck(struct mesh *mesh);
 

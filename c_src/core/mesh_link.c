@@ -297,6 +297,9 @@ void mesh_link_down(struct mesh *mesh, uint64_t id) {
             unlink_link(link);
             link_free(link);
         }
+        if (mesh->sidecar_outdated) {
+            mesh_watch_unlinked(mesh);
+        }
     }
 }
 

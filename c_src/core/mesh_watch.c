@@ -20,6 +20,8 @@
 #define RETRY_MAX 1000       /* an agent that has gone may be back any moment */
 #define RETRY_MAX_BUSY 10000 /* one that answers, but not this */
 #define RETRY_RIGHTS 60000   /* a token may get another policy */
+/* The built-in proxy that misses the agent asks again after 5, 20, 45 ... 180 s. */
+#define PROXY_RETRY 5000
 /* Failures in a row until a person is told. */
 #define FAILURES_MAX 5
 
@@ -90,6 +92,9 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
     struct mesh *mesh = query->mesh;
     query->index = 0;
     query->failures++;
+    if (failure->code == MESHX_EAGENT_UNREACHABLE && mesh->away_since == 0) {
+        mesh->away_since = loop_now();
+    }
     mesh_note_failure(mesh, failure);
     if (query->failures == 1) {
         mesh_retry_later(mesh); /* see at once how we stand with the agent */
@@ -118,6 +123,10 @@ static bool answered(struct mesh_query *query, const struct meshx_failure *failu
     if (failure != NULL) {
         failed(query, failure);
         return false;
+    }
+    if (query->mesh->away_since != 0) {
+        query->mesh->away_time = loop_now() - query->mesh->away_since;
+        query->mesh->away_since = 0;
     }
     if (query->reported) {
         query->reported = false;
@@ -152,6 +161,41 @@ static void on_critical(const struct meshx_failure *failure, uint64_t index,
         mesh->critical = *checks;
         *checks = former;
         mesh_link_compare(mesh);
+    }
+}
+
+/* ---- a sidecar that the agent's new state has not reached ---- */
+
+static void renew_sidecar(struct mesh *mesh) {
+    mesh_log(
+        mesh, MESHX_LEVEL_NOTICE,
+        "the agent at %s has lost its state: restarting the sidecar of %s, which else "
+        "would be without its new certificates for up to some minutes",
+        mesh->config.endpoint.shown, mesh->config.values.node);
+    mesh->sidecar_outdated = false;
+    mesh->sidecar_accepts = false;
+    mesh->sidecar_pid = 0;
+    sidecar_restart(mesh->sidecar);
+}
+
+/* A new agent may have a new CA. Proxies that have missed it work on with each other as
+ * before, but not with new ones, until they ask again, which after a long absence takes
+ * long. Links are worth more than that. */
+void mesh_watch_lost(struct mesh *mesh) {
+    uint64_t away =
+        mesh->away_since != 0 ? loop_now() - mesh->away_since : mesh->away_time;
+    mesh->sidecar_outdated = away >= PROXY_RETRY;
+    mesh_watch_unlinked(mesh);
+}
+
+void mesh_watch_unlinked(struct mesh *mesh) {
+    bool linked = false;
+    for (const struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
+        linked = linked || !link->gone;
+    }
+    if (mesh->sidecar_outdated && !linked && is_running(mesh) && mesh->sidecar != NULL &&
+        mesh->sidecar_pid != 0) {
+        renew_sidecar(mesh);
     }
 }
 
