@@ -145,6 +145,7 @@ struct mesh_link {
     bool dialed;
     bool gone;       /* freed with the last answer that refers to it */
     bool denied;     /* that was told */
+    bool unnamed;    /* it is denied, but not yet said by what */
     unsigned asked;  /* answers to come */
     uint64_t judged; /* |link_news| when it was last asked about */
     bool critical;
@@ -359,8 +360,9 @@ void mesh_watch_fini(struct mesh *mesh);  /* the agent's answers can't come any 
 /* We are registered again at an agent that had lost us; and the last link is down. */
 void mesh_watch_lost(struct mesh *mesh);
 void mesh_watch_unlinked(struct mesh *mesh);
-/* Something could not be asked: links are judged anew before long. */
-void mesh_watch_recheck(struct mesh *mesh);
+/* Something could not be asked: links are judged anew after |delay| ms at the latest. */
+#define MESH_RECHECK_TIME 3000 /* of the 5 s in which a denial must count */
+void mesh_watch_recheck(struct mesh *mesh, uint32_t delay);
 
 /* mesh_link.c */
 /* Takes the names out of |request|. */

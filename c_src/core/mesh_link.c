@@ -16,6 +16,8 @@
 #include <string.h>
 
 #define ASKED_MAX 2
+/* How long a denial waits for the list of intentions to say which one it is. */
+#define NAME_TIME 1000 /* milliseconds */
 /* How long a linked node must be critical, or well again, before it is told: a node that
  * stops, or whose agent has lost its state, is critical for a moment. */
 #define NOTICE_TIME 2000 /* milliseconds */
@@ -120,7 +122,13 @@ static void tell_denied(struct mesh_link *link, const char *source,
     const struct document_intention *one = find_intention(mesh, source, destination);
     char which[400] =
         "Consul's default policy, or an intention that our token can't read,";
-    if (one != NULL && one->action != NULL && strcmp(one->action, "allow") == 0) {
+    bool allows = one != NULL && one->action != NULL && strcmp(one->action, "allow") == 0;
+    if ((one == NULL || allows) && !link->unnamed) {
+        link->unnamed = true; /* the news of it make us judge again, or else the time */
+        mesh_watch_recheck(mesh, NAME_TIME);
+        return;
+    }
+    if (allows) {
         one = NULL; /* it is outdated, or outdone by one that we can't see */
         snprintf(which, sizeof which, "a Consul intention");
     }
@@ -164,7 +172,7 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
             tell_denied(link, source, destination);
         } else if (failure != NULL) {
             mesh_note_failure(mesh, &why);
-            mesh_watch_recheck(mesh);
+            mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
         }
         if (why.code == MESHX_EAGENT_ACL && !mesh->link_acl_reported) {
             mesh->link_acl_reported = true;
@@ -230,7 +238,7 @@ static void ask(struct mesh_link *link) {
     }
     mesh->links_asked += link->asked > 0 ? 1 : 0;
     if (!complete) {
-        mesh_watch_recheck(mesh);
+        mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
     }
 }
 

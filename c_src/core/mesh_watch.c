@@ -7,7 +7,7 @@
  * one is asked for on a timer, and however often the agent answers, the same query is not
  * sent more than twice a second. A query that fails comes back with jittered back-off;
  * where intentions can't be watched, links are judged anew every few seconds instead
- * (RECHECK_TIME is below the 5 s in which a denial counts).
+ *.
  */
 #include "error.h"
 #include "mesh_internal.h"
@@ -15,7 +15,6 @@
 
 /* All in milliseconds. */
 #define INTERVAL 500
-#define RECHECK_TIME 3000
 #define RETRY_MIN 100
 #define RETRY_MAX 1000       /* an agent that has gone may be back any moment */
 #define RETRY_MAX_BUSY 10000 /* one that answers, but not this */
@@ -36,10 +35,10 @@ static bool is_wanted(const struct mesh_query *query) {
            (query->kind == MESH_QUERY_CRITICAL || mesh_link_any(query->mesh));
 }
 
-void mesh_watch_recheck(struct mesh *mesh) {
-    if (!mesh->rechecking && is_running(mesh)) {
+void mesh_watch_recheck(struct mesh *mesh, uint32_t delay) {
+    if (is_running(mesh) && (!mesh->rechecking || delay < MESH_RECHECK_TIME)) {
         mesh->rechecking = true;
-        loop_timer_start(mesh->recheck, RECHECK_TIME);
+        loop_timer_start(mesh->recheck, delay);
     }
 }
 
@@ -105,7 +104,7 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
         report(query, failure);
     }
     if (query->kind != MESH_QUERY_CRITICAL) {
-        mesh_watch_recheck(mesh);
+        mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
     }
     ask_later(query, back_off(query, failure->code));
 }
@@ -136,7 +135,9 @@ static bool answered(struct mesh_query *query, const struct meshx_failure *failu
     uint64_t age = loop_now() - query->asked_at;
     query->failures = 0;
     query->index = index < query->index ? 0 : index;
-    ask_later(query, index == 0 ? RECHECK_TIME : age < INTERVAL ? INTERVAL - age : 0);
+    ask_later(query, index == 0       ? MESH_RECHECK_TIME
+                     : age < INTERVAL ? INTERVAL - age
+                                      : 0);
     return news;
 }
 
@@ -242,7 +243,7 @@ static void on_recheck(void *argument) {
         mesh_link_judge(mesh);
     }
     if (blind || mesh->troubles_logged != 0) {
-        mesh_watch_recheck(mesh);
+        mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
     }
 }
 

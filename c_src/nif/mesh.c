@@ -571,15 +571,14 @@ fail:
 /* {error, stopped} or {error, out_of_memory} */
 static ERL_NIF_TERM make_result(ErlNifEnv *env, int rc) {
     ERL_NIF_TERM code = enif_make_atom(env, meshx_error_name(rc));
+
     return rc == MESHX_OK ? am_ok : enif_make_tuple2(env, am_error, code);
 }
 
 static enum meshx_upstream_mode get_mode(ERL_NIF_TERM term) {
-    if (enif_is_identical(term, am_ask)) {
-        return MESHX_UPSTREAM_ASK;
-    }
-    return enif_is_identical(term, am_accept) ? MESHX_UPSTREAM_ACCEPT
-                                              : MESHX_UPSTREAM_DIAL;
+    return enif_is_identical(term, am_ask)      ? MESHX_UPSTREAM_ASK
+           : enif_is_identical(term, am_accept) ? MESHX_UPSTREAM_ACCEPT
+                                                : MESHX_UPSTREAM_DIAL;
 }
 
 /* mesh_upstream(Mesh, Request, Node, ServiceName, Mode) -> ok | {error, Code} */
