@@ -301,20 +301,26 @@ static int read_intention(json_t *entry, struct document_intention *out,
 int document_parse_intentions(const char *body, size_t size,
                               struct document_intentions *out,
                               struct meshx_failure *failure) {
+    struct document_intentions found = {0};
     json_t *answer = NULL;
-    *out = (struct document_intentions){0};
+    *out = found;
     int result = parse_list(body, size, "the list of intentions", &answer, failure);
     size_t count = json_array_size(answer);
     if (count > 0) {
-        out->items = calloc(count, sizeof *out->items);
-        result = out->items != NULL ? MESHX_OK : document_out_of_memory(failure);
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            found.count = count;
+        }
     }
-    for (size_t i = 0; i < count && result == MESHX_OK; i++) {
-        result =
-            read_intention(json_array_get(answer, i), &out->items[out->count++], failure);
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_intention(json_array_get(answer, i), &found.items[i], failure);
     }
-    if (result != MESHX_OK) {
-        document_intentions_fini(out);
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_intentions_fini(&found);
     }
     json_decref(answer);
     return result;
@@ -345,20 +351,26 @@ static int read_critical(json_t *entry, struct document_check *out,
 
 int document_parse_checks(const char *body, size_t size, struct document_checks *out,
                           struct meshx_failure *failure) {
+    struct document_checks found = {0};
     json_t *answer = NULL;
-    *out = (struct document_checks){0};
+    *out = found;
     int result = parse_list(body, size, "the list of checks", &answer, failure);
     size_t count = json_array_size(answer);
     if (count > 0) {
-        out->items = calloc(count, sizeof *out->items);
-        result = out->items != NULL ? MESHX_OK : document_out_of_memory(failure);
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            found.count = count;
+        }
     }
-    for (size_t i = 0; i < count && result == MESHX_OK; i++) {
-        result =
-            read_critical(json_array_get(answer, i), &out->items[out->count++], failure);
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_critical(json_array_get(answer, i), &found.items[i], failure);
     }
-    if (result != MESHX_OK) {
-        document_checks_fini(out);
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_checks_fini(&found);
     }
     json_decref(answer);
     return result;
