@@ -254,7 +254,7 @@ accepted(Kernel, Link, Acceptor, First) ->
 %% Does an intention forbid the link? If so, the other side is told in dist_util's words, so that
 %% it doesn't dial again and again.
 check_intentions(Link, Name) ->
-    case accepts(binary_to_atom(Name)) of
+    case accepts(Name) of
         ok ->
             ok;
         {error, {_, Text}} ->
@@ -262,10 +262,16 @@ check_intentions(Link, Name) ->
             exit({not_allowed, Name, Text})
     end.
 
-accepts(Node) ->
-    case meshx_node_dist:is_node_name(Node) of
-        true -> meshx_node_mesh:accepts(Node);
-        false -> ok
+%% What is no name dist_util deals with.
+accepts(Name) ->
+    try binary_to_atom(Name) of
+        Node ->
+            case meshx_node_dist:is_node_name(Node) of
+                true -> meshx_node_mesh:accepts(Node);
+                false -> ok
+            end
+    catch
+        error:_ -> ok
     end.
 
 %% ---- handshake ----
