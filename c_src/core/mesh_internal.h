@@ -143,11 +143,11 @@ struct mesh_link {
     char *service_name; /* NULL: not asked about */
     char *agent_node;   /* the Consul node it is registered at; NULL: not known yet */
     bool dialed;
-    bool gone;       /* freed with the last answer that refers to it */
-    bool denied;     /* that was told */
-    bool unnamed;    /* it is denied, but not yet said by what */
-    unsigned asked;  /* answers to come */
-    uint64_t judged; /* |link_news| when it was last asked about */
+    bool gone;          /* freed with the last answer that refers to it */
+    bool denied;        /* that was told */
+    unsigned asked;     /* answers to come */
+    uint64_t denied_at; /* when that was first seen; 0: never */
+    uint64_t judged;    /* |link_news| when it was last asked about */
     bool critical;
     bool critical_told;
     char trouble[256]; /* of a critical one */

@@ -123,9 +123,11 @@ static void tell_denied(struct mesh_link *link, const char *source,
     char which[400] =
         "Consul's default policy, or an intention that our token can't read,";
     bool allows = one != NULL && one->action != NULL && strcmp(one->action, "allow") == 0;
-    if ((one == NULL || allows) && !link->unnamed) {
-        link->unnamed = true; /* the news of it make us judge again, or else the time */
-        mesh_watch_recheck(mesh, NAME_TIME);
+    if (link->denied_at == 0) {
+        link->denied_at = loop_now();
+    }
+    if ((one == NULL || allows) && loop_now() - link->denied_at < NAME_TIME) {
+        mesh_watch_recheck(mesh, NAME_TIME); /* unless news of it come before */
         return;
     }
     if (allows) {
