@@ -571,7 +571,6 @@ fail:
 /* {error, stopped} or {error, out_of_memory} */
 static ERL_NIF_TERM make_result(ErlNifEnv *env, int rc) {
     ERL_NIF_TERM code = enif_make_atom(env, meshx_error_name(rc));
-
     return rc == MESHX_OK ? am_ok : enif_make_tuple2(env, am_error, code);
 }
 
