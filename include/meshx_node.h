@@ -131,6 +131,8 @@ struct meshx_config {
     uint32_t stop_timeout;     /* from TERM to KILL of the sidecar */
     uint32_t upstream_keep;    /* after its node was last seen in the catalog */
     bool force_registration;   /* register even if another live node holds the name */
+    bool
+        dial_direction_only; /* intentions count in the direction of the dial, not both */
 };
 
 enum meshx_event_type {
@@ -139,6 +141,9 @@ enum meshx_event_type {
                              more than stop_timeout and a second. STOPPED follows. */
     MESHX_EVENT_UPSTREAM, /* answer to meshx_mesh_upstream(): |request|, |failure| or
                              |port| */
+    MESHX_EVENT_LINK_DENIED, /* |request| is the link's, |failure| names the intention */
+    MESHX_EVENT_LINK_HEALTH, /* |request| is the link's; |text|: what makes the other node
+                                critical in Consul, NULL: nothing any more */
     MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */
     MESHX_EVENT_OUTPUT,  /* a line the sidecar wrote: |stream|, |text| */
     MESHX_EVENT_LOG,     /* something a person should know: |level|, |text| */
@@ -227,10 +232,12 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
                     struct meshx_failure *failure);
 
 /* What to find out: whether our sidecar accepts, the node exists, is healthy, and
- * allowed. */
+ * allowed. Of a node that has dialed us only whether intentions allow the link; one that
+ * can't be asked about is. */
 enum meshx_upstream_mode {
-    MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
-    MESHX_UPSTREAM_ASK,  /* no more than that */
+    MESHX_UPSTREAM_DIAL,   /* and then make sure that the sidecar has an upstream */
+    MESHX_UPSTREAM_ASK,    /* no more than that */
+    MESHX_UPSTREAM_ACCEPT, /* port is 0 */
 };
 
 /*
@@ -242,6 +249,17 @@ enum meshx_upstream_mode {
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
                         const char *service_name, enum meshx_upstream_mode mode);
+
+/*
+ * |node|, whose service Name is |service_name|, is linked with ours from now on, until
+ * meshx_mesh_link_down(). |link| is a number that no other link has; |dialed|: it was us.
+ * LINK_DENIED, once, says that intentions do not allow the link any more; what cannot be
+ * asked leaves it alone. LINK_HEALTH tells changes. |service_name| NULL: nothing is asked
+ * about it. Both return MESHX_OK, MESHX_ENOMEM or MESHX_ESTOPPED.
+ */
+int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,
+                       const char *service_name, bool dialed);
+int meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link);
 
 /* Asks for an INFO event with |request| (|info|, or |failure|). Returns as above. */
 int meshx_mesh_info(struct meshx_mesh *mesh, uint64_t request);

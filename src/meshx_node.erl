@@ -10,7 +10,8 @@
 %% registrations, repairs, requests, request_failures (counts since the start),
 %% upstreams ([#{node, service_name, port, applied}]), static_upstreams (#{Node => {Ip, Port}}, the
 %% key `upstreams' as it was read), last_failure (undefined | {Code, Text}),
-%% links ([#{node, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]).
+%% links ([#{node, trouble, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]; trouble:
+%% what makes the linked node critical in Consul, or undefined).
 -type info() :: map().
 
 %% The node service and its links.

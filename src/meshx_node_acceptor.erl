@@ -318,6 +318,8 @@ ended({no_handshake, {_, _} = Peer}, S) ->
         "~ts sent something that is no Erlang distribution handshake, connection dropped", [place(Peer)]
     ),
     report(no_handshake, Text, S);
+ended({not_allowed, Name, Why}, S) ->
+    report(not_allowed, io_lib:format("a connection from ~ts is refused: ~ts", [Name, Why]), S);
 ended(_, S) ->
     S.
 
@@ -346,14 +348,17 @@ log(_, Text) -> ?LOG_WARNING("meshx_node: ~ts", [Text]).
 %% Strangers are named one by one, as long as they are few; the rest are conditions.
 lines(refused) -> 10;
 lines(no_handshake) -> 10;
+lines(not_allowed) -> 10;
 lines(_) -> 1.
 
 period(refused) -> 10000;
 period(no_handshake) -> 10000;
+period(not_allowed) -> 10000;
 period(_) -> 60000.
 
 subject(refused) -> "connection refused because of its user, see allowed_uids";
 subject(no_handshake) -> "connection dropped that sent no Erlang distribution handshake";
+subject(not_allowed) -> "connection refused because of an intention";
 subject(full) -> "half-open connection dropped in favour of a new one";
 subject(new_names) -> "handshake under a new node name refused";
 subject(shortage) -> "no descriptor, process or memory to accept a connection".

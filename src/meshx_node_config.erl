@@ -36,6 +36,7 @@
     sidecar_address := binary() | undefined,
     sidecar_ports := ports(),
     upstream_ports := ports(),
+    intention_directions := both | dial,
     %% Read by the Erlang side only.
     upstreams := meshx_node_type:upstreams(),
     allowed_uids := meshx_node_type:uids(),
@@ -124,6 +125,10 @@ keys() ->
             "Users of the operating system, besides the node's own, whose processes may connect to the "
             "node's listener: the sidecar's, if it runs as another one. any: no check; connections from "
             "elsewhere, a container with a network of its own too, have no user here and need it."},
+        {intention_directions, directions, both, "dial",
+            "Which intentions keep a link down, or cut it: both = one that denies either node to connect "
+            "to the other, since a link carries both ways; dial = only that of the direction in which "
+            "it is dialed."},
         {sidecar_stdout, level, notice, "debug",
             "Level at which lines of the sidecar's stdout are logged."},
         {sidecar_stderr, level, warning, "off", "The same for stderr."},

@@ -219,6 +219,7 @@ init_accepted(Kernel, Link) ->
             Size =< ?NAME_SIZE_MAX
         ->
             meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
+            check_intentions(Link, Name),
             process_flag(priority, max),
             accepted(Kernel, Link, Acceptor, First);
         {error, Reason} when Reason =/= bad_frame ->
@@ -250,6 +251,29 @@ accepted(Kernel, Link, Acceptor, First) ->
             ok
     end.
 
+%% Does an intention forbid the link? If so, the other side is told in dist_util's words, so that
+%% it doesn't dial again and again.
+check_intentions(Link, Name) ->
+    case accepts(Name) of
+        ok ->
+            ok;
+        {error, {_, Text}} ->
+            _ = write_packet(Link, "snot_allowed"),
+            exit({not_allowed, Name, Text})
+    end.
+
+%% What is no name dist_util deals with.
+accepts(Name) ->
+    try binary_to_atom(Name) of
+        Node ->
+            case meshx_node_dist:is_node_name(Node) of
+                true -> meshx_node_mesh:accepts(Node);
+                false -> ok
+            end
+    catch
+        error:_ -> ok
+    end.
+
 %% ---- handshake ----
 
 handshake(#handshake{link = Link} = S) ->
@@ -273,12 +297,15 @@ handshake(#handshake{link = Link} = S) ->
             From ! {Ref, Link},
             S#handshake.acceptor =:= undefined orelse
                 meshx_node_acceptor:linked(S#handshake.acceptor),
-            meshx_node_mesh:link_up(Node, self(), Link),
+            meshx_node_mesh:link_up(Node, self(), Link, how(S)),
             meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->
             %% Of a link that was given up, or a wait that timed out.
             handshake(S)
     end.
+
+how(#handshake{node = undefined}) -> accepted;
+how(_) -> dialed.
 
 peer_of(Link) ->
     case meshx_node_nif:address(Link, peer) of
@@ -296,6 +323,7 @@ receive_packet(#handshake{first = First} = S, _Timeout) when First =/= none ->
 receive_packet(#handshake{received = 0, node = Node} = S, _Timeout) when Node =/= undefined ->
     case read_packet_until(S#handshake.link, S#handshake.deadline) of
         {ok, Packet} ->
+            explain_status(S, Packet),
             {{ok, binary_to_list(Packet)}, S#handshake{received = 1, sent = []}};
         {error, _} ->
             dial_again(S)
@@ -335,6 +363,15 @@ dial_again(#handshake{link = Old, node = Node, deadline = Deadline, pause = Paus
             ),
             {{error, closed}, S}
     end.
+
+explain_status(#handshake{node = Node}, <<"snot_allowed">>) ->
+    ?LOG_WARNING(
+        "meshx_node: no link to ~ts: it does not allow this node (an intention, or "
+        "net_kernel:allow/1, there); its log says why",
+        [Node]
+    );
+explain_status(_, _) ->
+    ok.
 
 %% A static address may be that of another node, which dist_util gives up without a word.
 explain_challenge(

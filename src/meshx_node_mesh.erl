@@ -7,7 +7,7 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, drain/0, upstream/2, link_up/3, info/0, service_name/1]).
+-export([start_link/0, start_service/3, drain/0, upstream/2, accepts/1, link_up/4, info/0, service_name/1]).
 -export([allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([upstream/0]).
@@ -28,9 +28,23 @@
 %% How often it is looked whether the VM's former node service has ended, ms.
 -define(FORMER_TIME, 20).
 
+%% How long an accepted connection waits for what the agent says of intentions, ms: less than the
+%% other side, which has net_setuptime, waits for us.
+-define(ACCEPT_TIME, 2000).
+
 %% Where a node is dialled: at an upstream of our sidecar, or at the static address the key
 %% `upstreams' gives.
 -type upstream() :: {sidecar | static, inet:ip_address(), inet:port_number()}.
+
+-record(link, {
+    %% number of this link for the C side
+    id :: pos_integer(),
+    node :: node(),
+    controller :: pid(),
+    socket :: meshx_node_nif:socket(),
+    %% what makes the node critical in Consul
+    trouble :: undefined | binary()
+}).
 
 -record(state, {
     mesh :: undefined | meshx_node_nif:mesh(),
@@ -44,7 +58,7 @@
     drainer :: undefined | gen_server:from(),
     requests = #{} :: #{non_neg_integer() => gen_server:from()},
     %% by the monitor of the controller
-    links = #{} :: #{reference() => {node(), meshx_node_nif:socket()}},
+    links = #{} :: #{reference() => #link{}},
     %% log lines not yet given to logger, newest first
     held = [] :: [{logger:level(), io:format(), [term()]}],
     next = 1 :: pos_integer()
@@ -90,10 +104,22 @@ upstream(Node, Mode) ->
         false -> {error, {node_unknown, text("~0tP is not a node name", [Node, 20])}}
     end.
 
-%% Called by a link's controller: the link is listed in info/0 while the controller lives.
--spec link_up(node(), pid(), meshx_node_nif:socket()) -> ok.
-link_up(Node, Controller, Link) ->
-    gen_server:cast(?MODULE, {link_up, Node, Controller, Link}).
+%% Whether intentions allow a link to Node, which has dialled us. Where they can't be asked (in
+%% time) they do: its sidecar and ours have let it through.
+-spec accepts(node()) -> ok | {error, meshx_node_nif:failure()}.
+accepts(Node) ->
+    try gen_server:call(?MODULE, {upstream, Node, accept}, ?ACCEPT_TIME) of
+        {error, {denied_by_intention, _} = Failure} -> {error, Failure};
+        _ -> ok
+    catch
+        exit:{_, _} -> ok
+    end.
+
+%% Called by a link's controller: the link is listed in info/0 while the controller lives, which
+%% is ended when intentions no longer allow the link.
+-spec link_up(node(), pid(), meshx_node_nif:socket(), dialed | accepted) -> ok.
+link_up(Node, Controller, Link, How) ->
+    gen_server:cast(?MODULE, {link_up, Node, Controller, Link, How}).
 
 %% What the C side counts and knows (include/meshx_node.h, struct meshx_info), and the links.
 -spec info() -> {ok, map()} | {error, meshx_node_nif:failure()}.
@@ -174,10 +200,14 @@ handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
         error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
     end.
 
--spec handle_cast({link_up, node(), pid(), meshx_node_nif:socket()}, #state{}) ->
+-spec handle_cast(
+    {link_up, node(), pid(), meshx_node_nif:socket(), dialed | accepted}, #state{}
+) ->
     {noreply, #state{}}.
-handle_cast({link_up, Node, Controller, Link}, #state{links = Links} = S) ->
-    {noreply, S#state{links = Links#{monitor(process, Controller) => {Node, Link}}}}.
+handle_cast({link_up, Node, Controller, Socket, How}, #state{links = Links, next = Id} = S) ->
+    Link = #link{id = Id, node = Node, controller = Controller, socket = Socket},
+    watch_link(Link, How, S),
+    {noreply, S#state{next = Id + 1, links = Links#{monitor(process, Controller) => Link}}}.
 
 -spec handle_info(term(), #state{}) -> {noreply, #state{}}.
 handle_info({meshx_event, Tag, Type, Data}, #state{tag = Tag} = S) ->
@@ -194,8 +224,16 @@ handle_info(release, S) ->
         false ->
             {noreply, release(S)}
     end;
-handle_info({'DOWN', Monitor, process, _, _}, #state{links = Links} = S) ->
-    {noreply, S#state{links = maps:remove(Monitor, Links)}};
+handle_info({'DOWN', Monitor, process, _, _}, #state{mesh = Mesh, links = Links} = S) ->
+    case maps:take(Monitor, Links) of
+        {#link{id = Id}, Others} when Mesh =/= undefined ->
+            _ = meshx_node_nif:mesh_link_down(Mesh, Id),
+            {noreply, S#state{links = Others}};
+        {_, Others} ->
+            {noreply, S#state{links = Others}};
+        error ->
+            {noreply, S}
+    end;
 handle_info(_, S) ->
     {noreply, S}.
 
@@ -268,6 +306,20 @@ named({Code, Text}, Config) ->
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
 
+%% What belongs to a static address isn't asked about.
+watch_link(_Link, _How, #state{mesh = undefined}) ->
+    ok;
+watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config} = S) ->
+    ServiceName =
+        try
+            false = maps:is_key(Node, maps:get(upstreams, S#state.config)),
+            meshx_node_config:service_name(Node, Config)
+        catch
+            error:_ -> undefined
+        end,
+    _ = meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, How),
+    ok.
+
 ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
     try meshx_node_config:service_name(Node, Config) of
         ServiceName ->
@@ -304,6 +356,22 @@ event(upstream, {Request, {ok, Port}}, S) ->
     answer(Request, {ok, {sidecar, {127, 0, 0, 1}, Port}}, S);
 event(upstream, {Request, {error, Failure}}, #state{config = Config} = S) ->
     answer(Request, {error, named(Failure, Config)}, S);
+event(link_denied, {Id, {_, Text}}, S) ->
+    case [Link || #link{id = LinkId} = Link <- maps:values(S#state.links), LinkId =:= Id] of
+        [#link{node = Node, controller = Controller}] ->
+            exit(Controller, denied_by_intention),
+            log(warning, "meshx_node: the link to ~ts is cut: ~ts", [Node, Text], S);
+        [] ->
+            S
+    end;
+event(link_health, {Id, Trouble}, #state{links = Links} = S) ->
+    case [{Key, Link} || {Key, #link{id = LinkId} = Link} <- maps:to_list(Links), LinkId =:= Id] of
+        [{Monitor, #link{node = Node} = Link}] ->
+            Told = S#state{links = Links#{Monitor := Link#link{trouble = Trouble}}},
+            log_health(Node, Trouble, Told);
+        [] ->
+            S
+    end;
 event(info, {Request, {ok, Info}}, #state{config = #{upstreams := Static}} = S) ->
     answer(Request, {ok, Info#{links => link_infos(S), static_upstreams => Static}}, S);
 event(info, {Request, {error, Failure}}, S) ->
@@ -332,13 +400,20 @@ event(stopped, Failure, #state{} = S) ->
     end,
     S#state{mesh = undefined, tag = undefined}.
 
-link_infos(#state{links = Links}) ->
-    [link_info(Node, Link) || {Node, Link} <- maps:values(Links)].
+log_health(Node, undefined, S) ->
+    log(notice, "meshx_node: ~ts is healthy in Consul again", [Node], S);
+log_health(Node, Trouble, S) ->
+    Format = "meshx_node: ~ts is linked with us, but critical in Consul: ~ts; if it has gone, net ticks will tell",
+    log(warning, Format, [Node, Trouble], S).
 
-link_info(Node, Link) ->
-    {FramesIn, FramesOut, BytesIn, BytesOut, Pending} = meshx_node_nif:statistics(Link),
+link_infos(#state{links = Links}) ->
+    [link_info(Link) || Link <- maps:values(Links)].
+
+link_info(#link{node = Node, socket = Socket, trouble = Trouble}) ->
+    {FramesIn, FramesOut, BytesIn, BytesOut, Pending} = meshx_node_nif:statistics(Socket),
     #{
         node => Node,
+        trouble => Trouble,
         frames_in => FramesIn,
         frames_out => FramesOut,
         bytes_in => BytesIn,

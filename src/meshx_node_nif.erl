@@ -24,6 +24,8 @@
     statistics/1,
     mesh_open/2,
     mesh_upstream/5,
+    mesh_link_up/5,
+    mesh_link_down/2,
     mesh_info/2,
     mesh_renew/1,
     mesh_drain/1,
@@ -196,10 +198,21 @@ mesh_open(Config, Tag) ->
     load_and_call(?FUNCTION_NAME, [Config, Tag]).
 
 %% Asks for the sidecar's local port towards a node; an `upstream' event answers.
--spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask) ->
+-spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask | accept) ->
     ok | {error, atom()}.
 mesh_upstream(Mesh, Request, Node, ServiceName, Mode) ->
     load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceName, Mode]).
+
+%% A node is linked from now on until mesh_link_down/2: `link_denied' and `link_health' events may
+%% tell of it.
+-spec mesh_link_up(mesh(), pos_integer(), binary(), binary() | undefined, dialed | accepted) ->
+    ok | {error, atom()}.
+mesh_link_up(Mesh, Id, Node, ServiceName, How) ->
+    load_and_call(?FUNCTION_NAME, [Mesh, Id, Node, ServiceName, How]).
+
+-spec mesh_link_down(mesh(), pos_integer()) -> ok | {error, atom()}.
+mesh_link_down(Mesh, Id) ->
+    load_and_call(?FUNCTION_NAME, [Mesh, Id]).
 
 %% Asks for an `info' event.
 -spec mesh_info(mesh(), non_neg_integer()) -> ok | {error, atom()}.

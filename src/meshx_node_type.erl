@@ -15,6 +15,7 @@
     | boolean
     | ports
     | level
+    | directions
     | address
     | naming
     | template
@@ -37,6 +38,7 @@ describe({milliseconds, Min, Max}) -> io_lib:format("milliseconds, ~b to ~b", [M
 describe(boolean) -> "true or false";
 describe(ports) -> "{First,Last}, \"First-Last\" or one port, each 1 to 65535";
 describe(level) -> "off or a logger level, debug to emergency";
+describe(directions) -> "both or dial";
 describe(address) -> "numeric IP address, not 0.0.0.0 or ::";
 describe(naming) -> "node, dns, {Module,Function}, \"Module:function\" or a fun of one argument";
 describe(template) -> "JSON object as text, \"@file\", {file,Path}, map or keyword list";
@@ -97,6 +99,12 @@ check(level, Value) ->
     case [Level || Level <- Levels, atom_to_binary(Level) =:= Text] of
         [Level] -> {ok, Level};
         [] -> error
+    end;
+check(directions, Value) ->
+    case default_text(Value) of
+        {ok, <<"both">>} -> {ok, both};
+        {ok, <<"dial">>} -> {ok, dial};
+        {ok, _} -> error
     end;
 check(address, Value) ->
     {ok, Text} = default_text(Value),

@@ -11,7 +11,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum kind { REGISTER, DEREGISTER, CHECK, SERVICE, INSTANCES, ALLOWED };
+#define CONNECTIONS 2
+/* Of a blocking query, seconds. The agent adds up to a sixteenth, so that not all end as
+ * one. */
+#define WAIT 60
+
+enum kind {
+    REGISTER,
+    DEREGISTER,
+    CHECK,
+    SERVICE,
+    INSTANCES,
+    ALLOWED,
+    INTENTIONS,
+    CHECKS
+};
 
 struct call {
     struct consul *consul;
@@ -21,6 +35,8 @@ struct call {
         consul_service_done service;
         consul_instances_done instances;
         consul_allowed_done allowed;
+        consul_intentions_done intentions;
+        consul_checks_done checks;
     } done;
     void *argument;
     struct buf what; /* for people */
@@ -30,6 +46,7 @@ struct call {
 
 struct consul {
     struct http *http;
+    struct http *waiting; /* for blocking queries */
     const struct endpoint *endpoint;
     uint32_t timeout;
     struct consul_counts counts;
@@ -42,9 +59,12 @@ int consul_new(struct meshx_loop *loop, const struct endpoint *endpoint, uint32_
     if (consul == NULL) {
         return MESHX_ENOMEM;
     }
-    int code = http_new(loop, endpoint, &consul->http);
+    int code = http_new(loop, endpoint, CONNECTIONS, &consul->http);
+    if (code == MESHX_OK) {
+        code = http_new(loop, endpoint, CONSUL_QUERIES_MAX, &consul->waiting);
+    }
     if (code != MESHX_OK) {
-        free(consul);
+        consul_free(consul);
         return code;
     }
     consul->endpoint = endpoint;
@@ -74,6 +94,7 @@ void consul_free(struct consul *consul) {
         return;
     }
     http_free(consul->http);
+    http_free(consul->waiting);
     struct call *call = consul->calls;
     while (call != NULL) {
         struct call *next = call->next;
@@ -174,6 +195,12 @@ static void fail(struct call *call, const struct meshx_failure *failure) {
     case ALLOWED:
         call->done.allowed(&whole, false, call->argument);
         break;
+    case INTENTIONS:
+        call->done.intentions(&whole, 0, NULL, call->argument);
+        break;
+    case CHECKS:
+        call->done.checks(&whole, 0, NULL, call->argument);
+        break;
     }
 }
 
@@ -222,6 +249,30 @@ static void end_allowed(struct call *call, const struct http_answer *answer) {
     }
 }
 
+static void end_intentions(struct call *call, const struct http_answer *answer) {
+    struct meshx_failure failure;
+    struct document_intentions intentions;
+    if (document_parse_intentions(answer->body, answer->size, &intentions, &failure) !=
+        MESHX_OK) {
+        fail_document(call, &failure);
+    } else {
+        call->done.intentions(NULL, answer->index, &intentions, call->argument);
+        document_intentions_fini(&intentions);
+    }
+}
+
+static void end_checks(struct call *call, const struct http_answer *answer) {
+    struct meshx_failure failure;
+    struct document_checks checks;
+    if (document_parse_checks(answer->body, answer->size, &checks, &failure) !=
+        MESHX_OK) {
+        fail_document(call, &failure);
+    } else {
+        call->done.checks(NULL, answer->index, &checks, call->argument);
+        document_checks_fini(&checks);
+    }
+}
+
 static void end_success(struct call *call, const struct http_answer *answer) {
     switch (call->kind) {
     case REGISTER:
@@ -237,6 +288,12 @@ static void end_success(struct call *call, const struct http_answer *answer) {
         break;
     case ALLOWED:
         end_allowed(call, answer);
+        break;
+    case INTENTIONS:
+        end_intentions(call, answer);
+        break;
+    case CHECKS:
+        end_checks(call, answer);
         break;
     }
 }
@@ -265,6 +322,7 @@ struct question {
     const char *name;      /* or NULL */
     const char *parameter; /* ends where |value| is appended, escaped */
     const char *value;     /* or NULL: without the parameter */
+    const uint64_t *index; /* of a blocking query, or NULL */
     const char *body;
     const char *what; /* for people; |name| follows, and |relation| and |value| if set */
     const char *relation;
@@ -280,6 +338,10 @@ static int build_path(const struct question *question, struct buf *path) {
         if (code == MESHX_OK) {
             code = buf_append_escaped(path, question->value);
         }
+    }
+    if (code == MESHX_OK && question->index != NULL && *question->index > 0) {
+        code = buf_format(path, "&index=%llu&wait=%us",
+                          (unsigned long long)*question->index, WAIT);
     }
     return code;
 }
@@ -309,9 +371,11 @@ static int ask(struct consul *consul, const struct call *model,
         build_path(question, &path) != MESHX_OK) {
         goto fail;
     }
+    bool waits = question->index != NULL;
     struct http_request request = {question->method, buf_text(&path), question->body,
-                                   consul->timeout};
-    if (http_send(consul->http, &request, on_answer, call) != MESHX_OK) {
+                                   consul->timeout + (waits ? WAIT * 1000 / 16 * 17 : 0)};
+    if (http_send(waits ? consul->waiting : consul->http, &request, on_answer, call) !=
+        MESHX_OK) {
         goto fail;
     }
     buf_fini(&path);
@@ -400,4 +464,39 @@ int consul_allowed(struct consul *consul, const char *source, const char *destin
                            .value = destination,
                            .what = "asking whether",
                            .relation = "may connect to"});
+}
+
+int consul_watch_intentions(struct consul *consul, const char *name, uint64_t index,
+                            consul_intentions_done done, void *argument) {
+    struct buf filter = {0};
+    bool quotable = strpbrk(name, "\"\\") == NULL;
+    int code = !quotable ? buf_append_text(&filter, "SourceName!=\"\"")
+                         : buf_format(&filter,
+                                      "SourceName==\"%s\" or DestinationName==\"%s\" or "
+                                      "SourceName==\"*\" or DestinationName==\"*\"",
+                                      name, name);
+    if (code == MESHX_OK) {
+        code = ask(consul,
+                   &(struct call){
+                       .kind = INTENTIONS, .done.intentions = done, .argument = argument},
+                   &(struct question){.method = "GET",
+                                      .path = "/v1/connect/intentions?filter=",
+                                      .name = buf_text(&filter),
+                                      .index = &index,
+                                      .what = "asking for intentions with"});
+    }
+    buf_fini(&filter);
+    return code;
+}
+
+int consul_watch_critical(struct consul *consul, uint64_t index, consul_checks_done done,
+                          void *argument) {
+    return ask(
+        consul, &(struct call){.kind = CHECKS, .done.checks = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = "/v1/health/state/critical?filter=",
+                           .name = "CheckID==\"serfHealth\" or Name==\"" DOCUMENT_VM_CHECK
+                                   "\" or Name==\"" DOCUMENT_SIDECAR_CHECK "\"",
+                           .index = &index,
+                           .what = "asking for critical checks with"});
 }

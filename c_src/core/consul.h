@@ -17,6 +17,9 @@
 
 struct consul;
 
+/* Blocking queries that may be under way at once. */
+#define CONSUL_QUERIES_MAX 2
+
 /* Requests sent and failed so far. */
 struct consul_counts {
     uint64_t requests;
@@ -73,5 +76,31 @@ typedef void (*consul_allowed_done)(const struct meshx_failure *failure, bool al
                                     void *argument);
 int consul_allowed(struct consul *consul, const char *source, const char *destination,
                    consul_allowed_done done, void *argument);
+
+/*
+ * Blocking queries: the agent answers when what is asked for is no longer as it was at
+ * |index|, or after a minute as before; with index 0 at once. The callback's |index| is
+ * the one to go on with; 0: this agent tells none. It may take what it gets by putting
+ * another document in its place. They have connections of their own, so
+ * that nothing waits for them.
+ */
+
+/*
+ * GET /v1/connect/intentions: those that may concern service |name|. (Of ../match only
+ * late versions tell an index.) A token sees only intentions that it may read, but is
+ * told of every change.
+ */
+typedef void (*consul_intentions_done)(const struct meshx_failure *failure,
+                                       uint64_t index,
+                                       struct document_intentions *intentions,
+                                       void *argument);
+int consul_watch_intentions(struct consul *consul, const char *name, uint64_t index,
+                            consul_intentions_done done, void *argument);
+
+/* GET /v1/health/state/critical: of all node services and Consul nodes. */
+typedef void (*consul_checks_done)(const struct meshx_failure *failure, uint64_t index,
+                                   struct document_checks *checks, void *argument);
+int consul_watch_critical(struct consul *consul, uint64_t index, consul_checks_done done,
+                          void *argument);
 
 #endif

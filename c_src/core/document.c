@@ -1,20 +1,16 @@
 /*
- * Consul's JSON documents; the only file that knows jansson. L1, any thread: no state.
+ * Consul's JSON documents, out: what a registration says. L1, any thread: no state.
  *
- * Out: our document is built first and a user's template merged into it, so that a
- * template can add but never take away. Keys keep their order (ours, then the
- * template's), so the same input is the same text. In: nothing of an answer is trusted.
- * Every field is fetched with the type it must have, and a text never ends early at a
- * NUL, which would make two different names look equal.
- *
- * jansson's own limits hold for both: 2048 levels of nesting, 64-bit integers, UTF-8.
+ * Our document is built first and a user's template merged into it, so that a template
+ * can add but never take away. Keys keep their order (ours, then the template's), so the
+ * same input is the same text. jansson's own limits hold: 2048 levels of nesting, 64-bit
+ * integers, UTF-8.
  */
-#include "document.h"
+#include "document_internal.h"
 #include "buf.h"
 #include "error.h"
 
 #include <arpa/inet.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,19 +20,15 @@ struct place {
     const char *key;
 };
 
-static int out_of_memory(struct meshx_failure *failure) {
+int document_out_of_memory(struct meshx_failure *failure) {
     return error_set(failure, MESHX_ENOMEM, "out of memory for a JSON document");
 }
 
-/*
- * Whether jansson ran out of memory while it parsed. It doesn't always say so: mostly it
- * returns without having filled |error|, and a few times it blames the text instead.
- */
-static bool ran_out_of_memory(const json_error_t *error) {
+bool document_ran_out_of_memory(const json_error_t *error) {
     return error->line < 0 || json_error_code(error) == json_error_out_of_memory;
 }
 
-static const char *kind_of(const json_t *value) {
+const char *document_kind_of(const json_t *value) {
     switch (json_typeof(value)) {
     case JSON_OBJECT:
         return "an object";
@@ -62,8 +54,8 @@ static const char *kind_of(const json_t *value) {
 static int parse_template(const char *text, json_t **out, struct meshx_failure *failure) {
     json_error_t error;
     json_t *value = json_loads(text, JSON_REJECT_DUPLICATES, &error);
-    if (value == NULL && ran_out_of_memory(&error)) {
-        return out_of_memory(failure);
+    if (value == NULL && document_ran_out_of_memory(&error)) {
+        return document_out_of_memory(failure);
     }
     if (value == NULL) {
         /* Without what jansson quotes: a template may hold a secret. */
@@ -73,9 +65,9 @@ static int parse_template(const char *text, json_t **out, struct meshx_failure *
                          error.column, (int)size, error.text);
     }
     if (!json_is_object(value)) {
-        int result =
-            error_set(failure, MESHX_ECONFIG,
-                      "line 1, column 1: this is %s, not an object", kind_of(value));
+        int result = error_set(failure, MESHX_ECONFIG,
+                               "line 1, column 1: this is %s, not an object",
+                               document_kind_of(value));
         json_decref(value);
         return result;
     }
@@ -101,7 +93,7 @@ static int read_template(const char *name, const char *text, json_t **out,
     return result == MESHX_ECONFIG
                ? error_set(failure, result, "%s: %s", name, reason.text)
            : result == MESHX_OK ? MESHX_OK
-                                : out_of_memory(failure);
+                                : document_out_of_memory(failure);
 }
 
 static int append_place(struct buf *out, const struct place *place) {
@@ -123,7 +115,7 @@ static int template_failure(struct meshx_failure *failure, const struct place *p
         root = root->parent;
     }
     int result = append_place(&path, place);
-    result = result != MESHX_OK ? out_of_memory(failure)
+    result = result != MESHX_OK ? document_out_of_memory(failure)
                                 : error_set(failure, MESHX_ECONFIG, "%s: %s %s %s",
                                             root->key, buf_text(&path), problem, detail);
     buf_fini(&path);
@@ -180,7 +172,7 @@ static int merge(json_t *ours, json_t *theirs, const struct place *place,
                 return template_failure(failure, &here, "must be written", meant);
             }
             if (json_object_set(ours, key, value) != 0) {
-                return out_of_memory(failure);
+                return document_out_of_memory(failure);
             }
         } else if (json_is_null(value)) {
             continue;
@@ -188,18 +180,18 @@ static int merge(json_t *ours, json_t *theirs, const struct place *place,
             result = json_is_object(value)
                          ? merge(mine, value, &here, failure)
                          : template_failure(failure, &here, "must be an object, but is",
-                                            kind_of(value));
+                                            document_kind_of(value));
         } else if (json_is_array(mine)) {
             if (!json_is_array(value)) {
                 return template_failure(failure, &here, "must be an array, but is",
-                                        kind_of(value));
+                                        document_kind_of(value));
             }
             if (json_array_extend(mine, value) != 0) {
-                return out_of_memory(failure);
+                return document_out_of_memory(failure);
             }
         } else if (json_is_object(value) || json_is_array(value)) {
-            result =
-                template_failure(failure, &here, "must not be given as", kind_of(value));
+            result = template_failure(failure, &here, "must not be given as",
+                                      document_kind_of(value));
         }
         if (result != MESHX_OK) {
             return result;
@@ -216,7 +208,7 @@ static int pack_failure(struct meshx_failure *failure, const json_error_t *error
                         const char *text) {
     return json_error_code(error) == json_error_invalid_utf8
                ? error_set(failure, MESHX_ECONFIG, "registration of %s: not UTF-8", text)
-               : out_of_memory(failure);
+               : document_out_of_memory(failure);
 }
 
 /* Where the sidecar reaches a node that listens at |address|. */
@@ -242,7 +234,8 @@ static int add_check(json_t *checks, const struct document_registration *registr
     if (check == NULL) {
         return pack_failure(failure, &error, id);
     }
-    return json_array_append_new(checks, check) == 0 ? MESHX_OK : out_of_memory(failure);
+    return json_array_append_new(checks, check) == 0 ? MESHX_OK
+                                                     : document_out_of_memory(failure);
 }
 
 /* The VM's check also ends what a crash leaves behind. The sidecar's must not: that would
@@ -251,12 +244,12 @@ static int add_vm_check(json_t *checks, const struct document_registration *regi
                         struct meshx_failure *failure) {
     char after[16];
     snprintf(after, sizeof after, "%lums", (unsigned long)registration->deregister_after);
-    int result =
-        add_check(checks, registration, registration->vm_check_id, "Erlang VM", failure);
+    int result = add_check(checks, registration, registration->vm_check_id,
+                           DOCUMENT_VM_CHECK, failure);
     if (result == MESHX_OK &&
         json_object_set_new(json_array_get(checks, 0), "DeregisterCriticalServiceAfter",
                             json_string(after)) != 0) {
-        result = out_of_memory(failure);
+        result = document_out_of_memory(failure);
     }
     return result;
 }
@@ -273,7 +266,7 @@ static int add_upstream(json_t *upstreams, const struct document_upstream *upstr
     const struct place place = {NULL, "upstream_template"};
     int result = template == NULL ? MESHX_OK : merge(value, template, &place, failure);
     if (result == MESHX_OK && json_array_append(upstreams, value) != 0) {
-        result = out_of_memory(failure);
+        result = document_out_of_memory(failure);
     }
     json_decref(value);
     return result;
@@ -309,7 +302,7 @@ static int pack_document(const struct document_registration *registration, json_
         if (json_object_set_new(sidecar, "Address",
                                 json_string(registration->sidecar_address)) != 0) {
             json_decref(document);
-            return out_of_memory(failure);
+            return document_out_of_memory(failure);
         }
     }
     *out = document;
@@ -340,7 +333,7 @@ static int dump(const json_t *document, char **out, struct meshx_failure *failur
     if (json_dump_callback(document, write_to_sink, &sink, JSON_COMPACT) != 0 ||
         sink.failed) {
         buf_fini(&sink.text);
-        return out_of_memory(failure);
+        return document_out_of_memory(failure);
     }
     *out = buf_take(&sink.text);
     return MESHX_OK;
@@ -357,7 +350,7 @@ int document_registration(const struct document_registration *registration, char
     const struct place place = {NULL, "service_template"};
     int result = MESHX_OK;
     if (checks == NULL || sidecar_checks == NULL || upstreams == NULL) {
-        result = out_of_memory(failure);
+        result = document_out_of_memory(failure);
         goto done;
     }
     result = read_template("service_template", registration->service_template,
@@ -371,7 +364,7 @@ int document_registration(const struct document_registration *registration, char
     }
     if (result == MESHX_OK) {
         result = add_check(sidecar_checks, registration, registration->sidecar_check_id,
-                           "Connect sidecar", failure);
+                           DOCUMENT_SIDECAR_CHECK, failure);
     }
     for (size_t i = 0; i < registration->upstream_count && result == MESHX_OK; i++) {
         result = add_upstream(upstreams, &registration->upstreams[i], upstream_template,
@@ -395,257 +388,5 @@ done:
     json_decref(checks);
     json_decref(upstream_template);
     json_decref(service_template);
-    return result;
-}
-
-/* --- Answers --------------------------------------------------------------------------
- */
-
-static int parse_answer(const char *body, size_t size, json_t **out,
-                        struct meshx_failure *failure) {
-    json_error_t error;
-    /* A check's output is whatever a program wrote, also a NUL. */
-    *out = json_loadb(body, size, JSON_ALLOW_NUL, &error);
-    if (*out != NULL) {
-        return MESHX_OK;
-    }
-    return ran_out_of_memory(&error)
-               ? out_of_memory(failure)
-               : error_set(failure, MESHX_EAGENT_ANSWER,
-                           "the agent's answer is not JSON: line %d, column %d: %s",
-                           error.line, error.column, error.text);
-}
-
-static int answer_failure(struct meshx_failure *failure, const char *key,
-                          const char *wanted, const json_t *value) {
-    return error_set(failure, MESHX_EAGENT_ANSWER,
-                     "the agent's answer is not understood: %s should be %s, but is %s",
-                     key, wanted, value == NULL ? "missing" : kind_of(value));
-}
-
-enum presence { OPTIONAL, REQUIRED };
-
-/* Borrows |key| of |object| to |*out|; NULL where it is missing or null and may be so. */
-static int get(json_t *object, const char *key, json_type type, enum presence presence,
-               json_t **out, struct meshx_failure *failure) {
-    static const char *const wanted[] = {
-        [JSON_OBJECT] = "an object",
-        [JSON_ARRAY] = "an array",
-        [JSON_STRING] = "a string",
-        [JSON_INTEGER] = "an integer",
-    };
-    json_t *value = json_object_get(object, key);
-    *out = NULL;
-    if ((value == NULL || json_is_null(value)) && presence == OPTIONAL) {
-        return MESHX_OK;
-    }
-    if (value == NULL || json_typeof(value) != type) {
-        return answer_failure(failure, key, wanted[type], value);
-    }
-    *out = value;
-    return MESHX_OK;
-}
-
-/* Copies |string| to |*out| (new); NULL stays NULL. A NUL in it becomes a space. */
-static int copy_string(const json_t *string, char **out, struct meshx_failure *failure) {
-    if (string == NULL) {
-        *out = NULL;
-        return MESHX_OK;
-    }
-    size_t size = json_string_length(string);
-    char *text = malloc(size + 1);
-    if (text == NULL) {
-        return out_of_memory(failure);
-    }
-    memcpy(text, json_string_value(string), size + 1);
-    for (char *nul = memchr(text, '\0', size); nul != NULL;
-         nul = memchr(nul, '\0', size - (size_t)(nul - text))) {
-        *nul = ' ';
-    }
-    *out = text;
-    return MESHX_OK;
-}
-
-/* get() and copy_string() at once. */
-static int get_string(json_t *object, const char *key, enum presence presence, char **out,
-                      struct meshx_failure *failure) {
-    json_t *value = NULL;
-    int result = get(object, key, JSON_STRING, presence, &value, failure);
-    return result == MESHX_OK ? copy_string(value, out, failure) : result;
-}
-
-/* The node name in the Meta of |service|: NULL if there is none. */
-static int get_node(json_t *service, char **out, struct meshx_failure *failure) {
-    json_t *meta = NULL;
-    int result = get(service, "Meta", JSON_OBJECT, OPTIONAL, &meta, failure);
-    return result == MESHX_OK
-               ? get_string(meta, DOCUMENT_META_NODE, OPTIONAL, out, failure)
-               : result;
-}
-
-/* |*out|: what |check| says against its instance, NULL if it passes. */
-static int read_check(json_t *check, char **out, struct meshx_failure *failure) {
-    json_t *status = NULL;
-    json_t *output = NULL;
-    json_t *name = NULL;
-    if (!json_is_object(check)) {
-        return answer_failure(failure, "each of Checks", "an object", check);
-    }
-    int result = get(check, "Status", JSON_STRING, REQUIRED, &status, failure);
-    if (result == MESHX_OK) {
-        result = get(check, "Output", JSON_STRING, OPTIONAL, &output, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get(check, "Name", JSON_STRING, OPTIONAL, &name, failure);
-    }
-    if (result != MESHX_OK || strcmp(json_string_value(status), "passing") == 0) {
-        return result;
-    }
-    if (output != NULL && json_string_length(output) > 0) {
-        return copy_string(output, out, failure);
-    }
-    struct buf text = {0};
-    if (buf_format(&text, "check \"%s\" is %s",
-                   name == NULL ? "" : json_string_value(name),
-                   json_string_value(status)) != MESHX_OK) {
-        return out_of_memory(failure);
-    }
-    *out = buf_take(&text);
-    return MESHX_OK;
-}
-
-static int read_instance(json_t *entry, struct document_instance *out,
-                         struct meshx_failure *failure) {
-    json_t *agent = NULL;
-    json_t *service = NULL;
-    json_t *checks = NULL;
-    if (!json_is_object(entry)) {
-        return answer_failure(failure, "each instance", "an object", entry);
-    }
-    int result = get(entry, "Node", JSON_OBJECT, REQUIRED, &agent, failure);
-    if (result == MESHX_OK) {
-        result = get(entry, "Service", JSON_OBJECT, REQUIRED, &service, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get(entry, "Checks", JSON_ARRAY, OPTIONAL, &checks, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get_string(agent, "Node", REQUIRED, &out->agent_node, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get_string(service, "ID", REQUIRED, &out->service_id, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get_node(service, &out->node, failure);
-    }
-    for (size_t i = 0;
-         i < json_array_size(checks) && result == MESHX_OK && out->trouble == NULL; i++) {
-        result = read_check(json_array_get(checks, i), &out->trouble, failure);
-    }
-    out->passing = out->trouble == NULL;
-    return result;
-}
-
-int document_parse_instances(const char *body, size_t size,
-                             struct document_instances *out,
-                             struct meshx_failure *failure) {
-    struct document_instances found = {0};
-    json_t *answer = NULL;
-    *out = found;
-    int result = parse_answer(body, size, &answer, failure);
-    if (result != MESHX_OK) {
-        return result;
-    }
-    if (!json_is_array(answer)) {
-        result = answer_failure(failure, "the list of instances", "an array", answer);
-    }
-    size_t count = json_array_size(answer);
-    if (count > 0) {
-        found.items = calloc(count, sizeof *found.items);
-        if (found.items == NULL) {
-            result = out_of_memory(failure);
-        } else {
-            found.count = count;
-        }
-    }
-    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
-        result = read_instance(json_array_get(answer, i), &found.items[i], failure);
-    }
-    if (result == MESHX_OK) {
-        *out = found;
-    } else {
-        document_instances_fini(&found);
-    }
-    json_decref(answer);
-    return result;
-}
-
-void document_instances_fini(struct document_instances *instances) {
-    for (size_t i = 0; i < instances->count; i++) {
-        free(instances->items[i].node);
-        free(instances->items[i].service_id);
-        free(instances->items[i].agent_node);
-        free(instances->items[i].trouble);
-    }
-    free(instances->items);
-    *instances = (struct document_instances){0};
-}
-
-int document_parse_service(const char *body, size_t size, struct document_service *out,
-                           struct meshx_failure *failure) {
-    json_t *answer = NULL;
-    json_t *port = NULL;
-    *out = (struct document_service){0};
-    int result = parse_answer(body, size, &answer, failure);
-    if (result != MESHX_OK) {
-        return result;
-    }
-    if (!json_is_object(answer)) {
-        result = answer_failure(failure, "the service", "an object", answer);
-    }
-    if (result == MESHX_OK) {
-        result = get_node(answer, &out->node, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get_string(answer, "Address", REQUIRED, &out->address, failure);
-    }
-    if (result == MESHX_OK) {
-        result = get(answer, "Port", JSON_INTEGER, REQUIRED, &port, failure);
-    }
-    if (result == MESHX_OK) {
-        json_int_t number = json_integer_value(port);
-        if (number < 0 || number > UINT16_MAX) {
-            result = answer_failure(failure, "Port", "0 to 65535", port);
-        } else {
-            out->port = (uint16_t)number;
-        }
-    }
-    if (result != MESHX_OK) {
-        document_service_fini(out);
-    }
-    json_decref(answer);
-    return result;
-}
-
-void document_service_fini(struct document_service *service) {
-    free(service->node);
-    free(service->address);
-    *service = (struct document_service){0};
-}
-
-int document_parse_allowed(const char *body, size_t size, bool *out,
-                           struct meshx_failure *failure) {
-    json_t *answer = NULL;
-    int result = parse_answer(body, size, &answer, failure);
-    if (result != MESHX_OK) {
-        return result;
-    }
-    json_t *allowed = json_object_get(answer, "Allowed");
-    if (json_is_boolean(allowed)) {
-        *out = json_is_true(allowed);
-    } else {
-        result = answer_failure(failure, "Allowed", "a boolean", allowed);
-    }
-    json_decref(answer);
     return result;
 }

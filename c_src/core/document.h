@@ -1,5 +1,5 @@
 /*
- * Consul's JSON documents, in and out; the only file that knows jansson. L1.
+ * Consul's JSON documents, in and out; document*.c alone know jansson. L1.
  *
  * Out: only fields that every Consul since 1.8 knows (an unknown field is a 400 there).
  * In: unknown fields are ignored; a field of the wrong type or malformed JSON is
@@ -12,6 +12,10 @@
 
 /* Meta key of a node service under which the node name stands: what lookups compare. */
 #define DOCUMENT_META_NODE "node"
+
+/* Names of our two checks: by them others find them among all of a datacenter. */
+#define DOCUMENT_VM_CHECK "Erlang VM"
+#define DOCUMENT_SIDECAR_CHECK "Connect sidecar"
 
 struct document_upstream {
     const char *service_name; /* DestinationName */
@@ -82,6 +86,41 @@ void document_service_fini(struct document_service *service);
 /* {"Allowed": true}, answer of /v1/connect/intentions/check. */
 int document_parse_allowed(const char *body, size_t size, bool *out,
                            struct meshx_failure *failure);
+
+/* One intention of those that /v1/connect/intentions lists. */
+struct document_intention {
+    char *source; /* a name or "*" */
+    char *destination;
+    char *action;       /* "allow", "deny"; "" or NULL: it has permissions instead */
+    char *id;           /* "" or NULL: it has none */
+    int64_t precedence; /* of two that match, the higher one decides */
+};
+
+struct document_intentions {
+    struct document_intention *items;
+    size_t count;
+};
+
+int document_parse_intentions(const char *body, size_t size,
+                              struct document_intentions *out,
+                              struct meshx_failure *failure);
+void document_intentions_fini(struct document_intentions *intentions);
+
+/* A check of those that /v1/health/state/:state lists. */
+struct document_check {
+    char *agent_node; /* the Consul node it is registered at */
+    char *service_id; /* "" or NULL: the Consul node's own */
+    char *trouble;    /* what it says, NULL if it passes */
+};
+
+struct document_checks {
+    struct document_check *items;
+    size_t count;
+};
+
+int document_parse_checks(const char *body, size_t size, struct document_checks *out,
+                          struct meshx_failure *failure);
+void document_checks_fini(struct document_checks *checks);
 
 /* MESHX_OK if |text| is a JSON object, MESHX_ECONFIG with place and reason if not. */
 int document_check_template(const char *text, struct meshx_failure *failure);

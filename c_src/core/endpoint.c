@@ -14,8 +14,10 @@
 #include "error.h"
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -516,6 +518,44 @@ int endpoint_token(const struct endpoint *endpoint, struct buf *out,
         return out_of_memory(failure);
     }
     return MESHX_OK;
+}
+
+/* Appends the file, unless it can't be read: then the handshake will miss it. */
+static int append_file(struct buf *out, const char *directory, const char *name) {
+    char part[4096];
+    size_t size;
+    struct buf path = {0};
+    if (buf_format(&path, "%s/%s", directory, name) != MESHX_OK) {
+        return MESHX_ENOMEM;
+    }
+    FILE *file = fopen(buf_text(&path), "re");
+    buf_fini(&path);
+    int code = MESHX_OK;
+    while (file != NULL && code == MESHX_OK &&
+           (size = fread(part, 1, sizeof part, file)) > 0) {
+        code = buf_append(out, part, size);
+    }
+    if (file != NULL) {
+        (void)fclose(file);
+    }
+    return code == MESHX_OK ? buf_append_text(out, "\n") : code;
+}
+
+int endpoint_certificates(const struct endpoint *endpoint, struct buf *out) {
+    const char *path = endpoint->ca_path;
+    DIR *directory = path != NULL ? opendir(path) : NULL;
+    struct dirent *entry;
+    int code = MESHX_OK;
+    while (directory != NULL && code == MESHX_OK &&
+           (entry = readdir(directory)) != NULL) {
+        if (entry->d_name[0] != '.') {
+            code = append_file(out, path, entry->d_name);
+        }
+    }
+    if (directory != NULL) {
+        closedir(directory);
+    }
+    return code;
 }
 
 static void forget(char *secret) {

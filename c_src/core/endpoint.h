@@ -53,6 +53,9 @@ int endpoint_init(struct endpoint *endpoint, const struct meshx_setting *setting
 int endpoint_token(const struct endpoint *endpoint, struct buf *out,
                    struct meshx_failure *failure);
 
+/* Appends all files of CONSUL_CAPATH to |out|. MESHX_OK or MESHX_ENOMEM. */
+int endpoint_certificates(const struct endpoint *endpoint, struct buf *out);
+
 /* Frees the fields, overwriting the secrets first. Accepts an all-zero endpoint. */
 void endpoint_fini(struct endpoint *endpoint);
 

@@ -1,6 +1,6 @@
 /*
- * HTTP to the agent: curl's multi interface on the loop, after curl's docs/examples/
- * multi-uv.c. With http_failure.c the only file that knows curl. Control thread only.
+ * HTTP to the agent: curl on the loop, after curl's docs/examples/multi-uv.c. Nothing but
+ * this and http_failure.c knows curl. Control thread only.
  *
  * curl tells us which sockets to watch (on_socket) and when to wake it (on_wake_time); we
  * tell it what happened (on_ready, on_wake). Finished calls are reported only after curl
@@ -8,8 +8,8 @@
  * set and the struct lives on until the report has returned.
  *
  * A call's own timer is its deadline, since curl's does not run while the call waits for
- * one of our two connections. It also brings failures that are known within http_send()
- * or within curl, where nobody may be called.
+ * a connection. It also brings failures that are known within http_send() or within curl,
+ * where nobody may be called.
  *
  * A watcher may outlive its http: it is freed in its handle's close callback, and the
  * handle is closed before curl closes the socket.
@@ -17,13 +17,12 @@
 #include "http.h"
 #include "error.h"
 #include "http_failure.h"
-#include <dirent.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CONNECTIONS = 2, MAX_REDIRECTS = 3 };
+enum { MAX_REDIRECTS = 3 };
 
 /* A socket of curl that is watched. */
 struct watcher {
@@ -198,6 +197,17 @@ static bool follow(struct call *call, long status) {
     return true;
 }
 
+/* X-Consul-Index, for blocking queries. An old curl can't tell: they are asked anew. */
+static uint64_t index_of(CURL *easy) {
+#if LIBCURL_VERSION_NUM >= 0x075400
+    struct curl_header *header = NULL;
+    curl_easy_header(easy, "X-Consul-Index", 0, CURLH_HEADER, -1, &header);
+    return header != NULL ? strtoull(header->value, NULL, 10) : 0;
+#else
+    return 0;
+#endif
+}
+
 /* Reports the calls that curl has finished. The http may be freed after that. */
 static void deliver(struct http *http) {
     CURLMsg *message;
@@ -214,7 +224,8 @@ static void deliver(struct http *http) {
             explain(call, result, &call->failure);
             lives = report(call, &call->failure, NULL);
         } else if (!follow(call, status)) {
-            struct http_answer answer = {status, buf_text(&call->body), call->body.size};
+            struct http_answer answer = {status, buf_text(&call->body), call->body.size,
+                                         index_of(call->easy)};
             lives = report(call, NULL, &answer);
         }
         if (!lives) {
@@ -532,57 +543,18 @@ static int set_base_url(struct http *http) {
     return code;
 }
 
-/* Appends the file, unless it can't be read: then the handshake will miss it. */
-static int append_file(struct buf *out, const char *directory, const char *name) {
-    char part[4096];
-    size_t size;
-    struct buf path = {0};
-    if (buf_format(&path, "%s/%s", directory, name) != MESHX_OK) {
-        return MESHX_ENOMEM;
-    }
-    FILE *file = fopen(buf_text(&path), "re");
-    buf_fini(&path);
-    int code = MESHX_OK;
-    while (file != NULL && code == MESHX_OK &&
-           (size = fread(part, 1, sizeof part, file)) > 0) {
-        code = buf_append(out, part, size);
-    }
-    if (file != NULL) {
-        (void)fclose(file);
-    }
-    return code == MESHX_OK ? buf_append_text(out, "\n") : code;
-}
-
-static int read_certificates(struct http *http) {
-    const char *path = http->endpoint->ca_path;
-    DIR *directory = path != NULL ? opendir(path) : NULL;
-    struct dirent *entry;
-    int code = MESHX_OK;
-    while (directory != NULL && code == MESHX_OK &&
-           (entry = readdir(directory)) != NULL) {
-        if (entry->d_name[0] != '.') {
-            code = append_file(&http->certificates, path, entry->d_name);
-        }
-    }
-    if (directory != NULL) {
-        closedir(directory);
-    }
-    return code;
-}
-
-static bool set_multi(struct http *http) {
+static bool set_multi(struct http *http, long connections) {
     CURLM *multi = http->multi;
     return curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, on_socket) == CURLM_OK &&
            curl_multi_setopt(multi, CURLMOPT_SOCKETDATA, http) == CURLM_OK &&
            curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, on_wake_time) == CURLM_OK &&
            curl_multi_setopt(multi, CURLMOPT_TIMERDATA, http) == CURLM_OK &&
-           curl_multi_setopt(multi, CURLMOPT_MAX_TOTAL_CONNECTIONS,
-                             (long)MAX_CONNECTIONS) == CURLM_OK &&
-           curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long)MAX_CONNECTIONS) ==
-               CURLM_OK;
+           curl_multi_setopt(multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, connections) ==
+               CURLM_OK &&
+           curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, connections) == CURLM_OK;
 }
 
-int http_new(struct meshx_loop *loop, const struct endpoint *endpoint,
+int http_new(struct meshx_loop *loop, const struct endpoint *endpoint, long connections,
              struct http **out) {
     struct http *http = calloc(1, sizeof *http);
     if (http == NULL) {
@@ -591,12 +563,12 @@ int http_new(struct meshx_loop *loop, const struct endpoint *endpoint,
     http->loop = loop;
     http->endpoint = endpoint;
     if (http_global_init() != MESHX_OK || set_base_url(http) != MESHX_OK ||
-        read_certificates(http) != MESHX_OK ||
+        endpoint_certificates(endpoint, &http->certificates) != MESHX_OK ||
         loop_timer_new(loop, on_wake, http, &http->timer) != MESHX_OK) {
         goto fail;
     }
     http->multi = curl_multi_init();
-    if (http->multi == NULL || !set_multi(http)) {
+    if (http->multi == NULL || !set_multi(http, connections)) {
         goto fail;
     }
     *out = http;

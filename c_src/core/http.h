@@ -2,9 +2,10 @@
  * HTTP to the Consul agent: libcurl's multi interface driven by the loop; only the files
  * of http know curl. L3, control thread only.
  *
- * At most two connections to the agent, kept alive. Every request has a deadline and its
- * callback is called exactly once, later (never from within http_send()), unless
- * http_free() comes first: then it is never called.
+ * A bounded number of connections to the agent, kept alive; requests wait for one, so
+ * those that the agent answers only when something happens have an http of their own.
+ * Every request has a deadline and its callback is called exactly once, later (never from
+ * within http_send()), unless http_free() comes first: then it is never called.
  */
 #ifndef MESHX_CORE_HTTP_H
 #define MESHX_CORE_HTTP_H
@@ -28,6 +29,7 @@ struct http_answer {
     long status;
     const char *body; /* NUL-terminated, borrowed during the callback */
     size_t size;
+    uint64_t index; /* X-Consul-Index; 0: it has none */
 };
 
 /*
@@ -39,8 +41,9 @@ struct http_answer {
 typedef void (*http_done)(const struct meshx_failure *failure,
                           const struct http_answer *answer, void *argument);
 
-/* |endpoint| is borrowed and must outlive the http. */
-int http_new(struct meshx_loop *loop, const struct endpoint *endpoint, struct http **out);
+/* With so many connections at most. |endpoint| is borrowed and must outlive the http. */
+int http_new(struct meshx_loop *loop, const struct endpoint *endpoint, long connections,
+             struct http **out);
 
 /* Begins a request; all of |request| is copied. MESHX_OK or MESHX_ENOMEM (no callback).
  */

@@ -104,13 +104,12 @@ struct mesh_request *mesh_request_new(enum mesh_request_kind kind, uint64_t id,
     }
     request->kind = kind;
     request->id = id;
-    if (kind != MESH_REQUEST_INFO) {
-        request->node = strdup(node);
-        request->service_name = strdup(service_name);
-        if (request->node == NULL || request->service_name == NULL) {
-            mesh_request_free(request);
-            return NULL;
-        }
+    request->node = node != NULL ? strdup(node) : NULL;
+    request->service_name = service_name != NULL ? strdup(service_name) : NULL;
+    if ((node != NULL && request->node == NULL) ||
+        (service_name != NULL && request->service_name == NULL)) {
+        mesh_request_free(request);
+        return NULL;
     }
     return request;
 }
@@ -135,6 +134,42 @@ static struct mesh_request *take_requests(struct meshx_mesh *handle) {
     return first;
 }
 
+/* Takes over |request|. */
+static void read_request(struct mesh *mesh, struct mesh_request *request) {
+    switch (request->kind) {
+    case MESH_REQUEST_DIAL:
+    case MESH_REQUEST_ASK:
+    case MESH_REQUEST_ACCEPT:
+        mesh_upstream_request(mesh, request);
+        return;
+    case MESH_REQUEST_INFO:
+        answer_info(mesh, request->id);
+        break;
+    case MESH_REQUEST_LINK_UP:
+        mesh_link_up(mesh, request);
+        break;
+    case MESH_REQUEST_LINK_DOWN:
+        mesh_link_down(mesh, request->id);
+        break;
+    }
+    mesh_request_free(request);
+}
+
+/* The node service has ended. */
+static void refuse_request(struct mesh *mesh, struct mesh_request *request,
+                           const struct meshx_failure *failure) {
+    if (request->kind != MESH_REQUEST_LINK_UP &&
+        request->kind != MESH_REQUEST_LINK_DOWN) {
+        struct meshx_event event = {.type = request->kind == MESH_REQUEST_INFO
+                                                ? MESHX_EVENT_INFO
+                                                : MESHX_EVENT_UPSTREAM,
+                                    .request = request->id,
+                                    .failure = failure};
+        mesh_emit(mesh, &event);
+    }
+    mesh_request_free(request);
+}
+
 void mesh_read_mailbox(struct mesh *mesh) {
     struct meshx_mesh *handle = mesh->handle;
     pthread_mutex_lock(&handle->lock);
@@ -147,12 +182,7 @@ void mesh_read_mailbox(struct mesh *mesh) {
     while (request != NULL) {
         struct mesh_request *next = request->next;
         request->next = NULL;
-        if (request->kind == MESH_REQUEST_INFO) {
-            answer_info(mesh, request->id);
-            mesh_request_free(request);
-        } else {
-            mesh_upstream_request(mesh, request);
-        }
+        read_request(mesh, request);
         request = next;
     }
     if (drain) {
@@ -290,6 +320,9 @@ static int make_parts(struct mesh *mesh) {
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_finish, mesh, &mesh->finish);
     }
+    if (code == MESHX_OK) {
+        code = mesh_watch_init(mesh);
+    }
     if (code == MESHX_OK && config->sidecar_command != NULL) {
         struct sidecar_config sidecar = {.guard_path = config->guard_path,
                                          .command = config->sidecar_command,
@@ -338,6 +371,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->gather);
     loop_timer_free(mesh->open);
     loop_timer_free(mesh->finish);
+    mesh_watch_end(mesh);
     sidecar_free(mesh->sidecar);
 
     mesh->state = MESHX_STATE_STOPPED;
@@ -351,13 +385,7 @@ void mesh_finish(struct mesh *mesh) {
               mesh->config.values.node);
     while (request != NULL) {
         struct mesh_request *next = request->next;
-        struct meshx_event event = {.type = request->kind == MESH_REQUEST_INFO
-                                                ? MESHX_EVENT_INFO
-                                                : MESHX_EVENT_UPSTREAM,
-                                    .request = request->id,
-                                    .failure = &stopped};
-        mesh_emit(mesh, &event);
-        mesh_request_free(request);
+        refuse_request(mesh, request, &stopped);
         request = next;
     }
     mesh_upstream_stop(mesh);
@@ -370,6 +398,8 @@ void mesh_finish(struct mesh *mesh) {
 
     consul_free(mesh->consul);
     mesh_upstream_fini(mesh);
+    mesh_watch_fini(mesh);
+    mesh_link_fini(mesh);
     loop_leave(mesh->loop, &mesh->member);
     mesh_free(mesh);
     handle_unref(handle);
@@ -429,10 +459,27 @@ fail:
 
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
                         const char *service_name, enum meshx_upstream_mode mode) {
+    static const enum mesh_request_kind kinds[] = {
+        [MESHX_UPSTREAM_DIAL] = MESH_REQUEST_DIAL,
+        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK,
+        [MESHX_UPSTREAM_ACCEPT] = MESH_REQUEST_ACCEPT};
     return leave_request(mesh,
-                         mesh_request_new(mode == MESHX_UPSTREAM_DIAL ? MESH_REQUEST_DIAL
-                                                                      : MESH_REQUEST_ASK,
-                                          request, node, service_name));
+                         mesh_request_new(kinds[mode], request, node, service_name));
+}
+
+int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,
+                       const char *service_name, bool dialed) {
+    struct mesh_request *request =
+        mesh_request_new(MESH_REQUEST_LINK_UP, link, node, service_name);
+    if (request != NULL) {
+        request->dialed = dialed;
+    }
+    return leave_request(mesh, request);
+}
+
+int meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link) {
+    return leave_request(mesh,
+                         mesh_request_new(MESH_REQUEST_LINK_DOWN, link, NULL, NULL));
 }
 
 int meshx_mesh_info(struct meshx_mesh *mesh, uint64_t request) {

@@ -397,6 +397,7 @@ static void on_sidecar_started(int64_t pid, void *context) {
     mesh->sidecar_accepts = false;
     mesh->sidecar_shut_out = false;
     mesh->sidecar_socket = 0;
+    mesh->sidecar_outdated = false;
     mesh->sidecar_misses = 0;
     mesh_upstream_new_sidecar(mesh);
     if (mesh->state == MESHX_STATE_STARTING || mesh->state == MESHX_STATE_READY) {
@@ -438,6 +439,9 @@ static void on_sidecar_output(enum meshx_stream stream, const char *line, void *
     struct meshx_event event = {
         .type = MESHX_EVENT_OUTPUT, .stream = stream, .text = line};
     mesh_emit(mesh, &event);
+    if (strstr(line, "Parsed TLS identity") != NULL) {
+        mesh->sidecar_outdated = false; /* it has asked the agent again */
+    }
     /* The built-in proxy ("public listener") and Envoy ("public_listener") go on without
      * it and never try again. Sooner than a probe, and where the system does not tell
      * whose listener it met. */

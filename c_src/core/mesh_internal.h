@@ -19,6 +19,8 @@
  * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
  * mesh_upstream.c      lookups and upstreams
  * mesh_departure.c     upstreams of nodes that are gone
+ * mesh_watch.c         blocking queries: what Consul says changes
+ * mesh_link.c          linked nodes: are they still allowed, are they healthy?
  * mesh_stop.c          drain, stop
  */
 #ifndef MESHX_CORE_MESH_INTERNAL_H
@@ -35,8 +37,15 @@
 
 struct mesh;
 
-/* What a caller asks; becomes exactly one UPSTREAM or INFO event. */
-enum mesh_request_kind { MESH_REQUEST_DIAL, MESH_REQUEST_ASK, MESH_REQUEST_INFO };
+/* What a caller asks; becomes exactly one UPSTREAM or INFO event, or none for a link. */
+enum mesh_request_kind {
+    MESH_REQUEST_DIAL,
+    MESH_REQUEST_ASK,
+    MESH_REQUEST_ACCEPT,
+    MESH_REQUEST_INFO,
+    MESH_REQUEST_LINK_UP,
+    MESH_REQUEST_LINK_DOWN
+};
 
 struct mesh_request {
     struct mesh_request *next;
@@ -44,6 +53,7 @@ struct mesh_request {
     uint64_t id;
     char *node;
     char *service_name;
+    bool dialed; /* LINK_UP */
     /* From here on used by mesh_upstream.c, control thread only. */
     struct mesh *mesh;
     unsigned
@@ -53,10 +63,10 @@ struct mesh_request {
     uint64_t open_by;             /* waits for the listener till then; 0: does not */
     unsigned moves;               /* of its upstream, to ports nobody else has */
     struct meshx_failure found;   /* what the lookup of instances says */
-    struct meshx_failure allowed; /* what the lookup of intentions says */
+    struct meshx_failure allowed; /* what the lookups of intentions say */
 };
 
-/* New, with copies of the names (both NULL for INFO); NULL: out of memory. */
+/* New, with copies of the names (NULL stays NULL); NULL: out of memory. */
 struct mesh_request *mesh_request_new(enum mesh_request_kind kind, uint64_t id,
                                       const char *node, const char *service_name);
 void mesh_request_free(struct mesh_request *request);
@@ -122,6 +132,43 @@ struct mesh_upstream {
     uint64_t absent_since; /* its node is not in the catalog; 0: it is */
     bool departed;         /* not in the desired state; its port is kept for it */
     uint64_t departure;    /* first revision without it */
+};
+
+/* A node that is linked with ours. */
+struct mesh_link {
+    struct mesh_link *next;
+    struct mesh *mesh;
+    uint64_t id; /* the caller's */
+    char *node;
+    char *service_name; /* NULL: not asked about */
+    char *agent_node;   /* the Consul node it is registered at; NULL: not known yet */
+    bool dialed;
+    bool gone;          /* freed with the last answer that refers to it */
+    bool denied;        /* that was told */
+    unsigned asked;     /* answers to come */
+    uint64_t denied_at; /* when that was first seen; 0: never */
+    uint64_t judged;    /* |link_news| when it was last asked about */
+    bool critical;
+    bool critical_told;
+    char trouble[256]; /* of a critical one */
+};
+
+/* One blocking query. */
+enum mesh_query_kind {
+    MESH_QUERY_INTENTIONS, /* those that may concern us */
+    MESH_QUERY_CRITICAL,   /* critical checks of any node service */
+    MESH_QUERY_COUNT
+};
+
+struct mesh_query {
+    struct mesh *mesh;
+    enum mesh_query_kind kind;
+    struct loop_timer *timer; /* until it is sent again */
+    uint64_t index;
+    uint64_t asked_at;
+    unsigned failures; /* in a row */
+    bool active;       /* under way, or the timer is set */
+    bool reported;     /* a person was told that it fails */
 };
 
 /*
@@ -204,6 +251,20 @@ struct mesh {
     uint64_t gather_by;            /* for so long */
     char *swept;                   /* the service whose instances are asked for; NULL */
     size_t sweep_next;             /* whose turn it is then */
+
+    struct mesh_query queries[MESH_QUERY_COUNT];
+    struct document_intentions intentions; /* as last answered */
+    struct document_checks critical;       /* the same */
+    struct loop_timer *recheck; /* when links are judged anew, queries or not */
+    bool rechecking;            /* |recheck| is set */
+    uint64_t away_since;        /* the agent can't be reached; 0: it can */
+    uint64_t away_time;         /* how long that was the last time */
+    bool sidecar_outdated;      /* it has not noticed that the agent lost its state */
+    struct mesh_link *links;
+    uint64_t link_news;        /* counts what makes all links be judged anew */
+    unsigned links_asked;      /* links that are being judged */
+    bool link_acl_reported;    /* a person was told that they can't be */
+    struct loop_timer *notice; /* when changes of linked nodes' health are told */
 
     uint64_t sidecar_starts;
     uint64_t registrations;
@@ -293,6 +354,36 @@ void mesh_upstream_fini(struct mesh *mesh);
 /* mesh_departure.c */
 /* Asks the agent about the node of one upstream; which one, changes from call to call. */
 void mesh_departure_sweep(struct mesh *mesh);
+/* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
+ * |*out| says why not. */
+bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
+                           const char *source, const char *destination,
+                           struct meshx_failure *out);
+
+/* mesh_watch.c */
+int mesh_watch_init(struct mesh *mesh);   /* on failure mesh_watch_end() is called, too */
+void mesh_watch_begin(struct mesh *mesh); /* READY; and when a link has come up */
+void mesh_watch_end(struct mesh *mesh);   /* nothing is begun any more */
+void mesh_watch_fini(struct mesh *mesh);  /* the agent's answers can't come any more */
+/* We are registered again at an agent that had lost us; and the last link is down. */
+void mesh_watch_lost(struct mesh *mesh);
+void mesh_watch_unlinked(struct mesh *mesh);
+/* Something could not be asked: links are judged anew after |delay| ms at the latest. */
+#define MESH_RECHECK_TIME 3000 /* of the 5 s in which a denial must count */
+void mesh_watch_recheck(struct mesh *mesh, uint32_t delay);
+
+/* mesh_link.c */
+/* Takes the names out of |request|. */
+void mesh_link_up(struct mesh *mesh, struct mesh_request *request);
+void mesh_link_down(struct mesh *mesh, uint64_t id);
+/* Is any link one that is asked about? */
+bool mesh_link_any(const struct mesh *mesh);
+/* Intentions may have changed. */
+void mesh_link_judge(struct mesh *mesh);
+/* |mesh->critical| has changed. */
+void mesh_link_compare(struct mesh *mesh);
+void mesh_link_notice(struct mesh *mesh);
+void mesh_link_fini(struct mesh *mesh);
 
 /* mesh_stop.c */
 void mesh_drain(struct mesh *mesh);

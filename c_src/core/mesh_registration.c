@@ -161,6 +161,7 @@ static void on_applied(struct mesh *mesh) {
         mesh_log(mesh, MESHX_LEVEL_NOTICE, "%s is registered again at the agent at %s",
                  mesh->config.values.service_id, mesh->config.endpoint.shown);
         mesh_check_both(mesh); /* new checks begin critical */
+        mesh_watch_lost(mesh);
     }
     mesh_upstream_applied(mesh, registration->applied, NULL);
     mesh_registration_apply(mesh);

@@ -400,6 +400,7 @@ static void become_ready(struct mesh *mesh) {
              mesh->sidecar_port);
     mesh_emit(mesh, &event);
     mesh_health_begin(mesh);
+    mesh_watch_begin(mesh);
     mesh_upstream_ready(mesh);
 }
 

@@ -49,6 +49,7 @@ void mesh_stop(struct mesh *mesh) {
     loop_timer_stop(mesh->retry);
     loop_timer_stop(mesh->gather);
     loop_timer_stop(mesh->open);
+    mesh_watch_end(mesh);
     probe_cancel(mesh->probe);
     mesh->probe = NULL;
     mesh_upstream_stop(mesh);

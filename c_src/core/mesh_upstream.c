@@ -461,7 +461,7 @@ static void answer_sidecar_down(struct mesh_request *request) {
     answer(request, &failure, 0);
 }
 
-/* Both answers have come: the most telling failure counts. */
+/* All answers have come: the most telling failure counts. */
 static void judge(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     if (request->answered) {
@@ -476,7 +476,7 @@ static void judge(struct mesh_request *request) {
         answer(request, found, 0);
     } else if (allowed->code != MESHX_OK) {
         answer(request, allowed, 0);
-    } else if (request->kind == MESH_REQUEST_ASK) {
+    } else if (request->kind != MESH_REQUEST_DIAL) {
         answer(request, NULL, 0);
     } else {
         dial(request);
@@ -542,45 +542,92 @@ static void on_instances(const struct meshx_failure *failure,
     lookup_answered(request);
 }
 
-static void on_allowed(const struct meshx_failure *failure, bool allowed,
-                       void *argument) {
-    struct mesh_request *request = argument;
-    const char *source = request->mesh->config.values.service_name;
-    const char *destination = request->service_name;
+bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
+                           const char *source, const char *destination,
+                           struct meshx_failure *out) {
     if (failure != NULL && failure->code == MESHX_EAGENT_ACL) {
-        error_set(&request->allowed, failure->code,
+        error_set(out, failure->code,
                   "whether %s may connect to %s can't be asked: the token needs "
                   "service:read on %s (%.200s)",
                   source, destination, destination, failure->text);
     } else if (failure != NULL) {
-        request->allowed = *failure;
+        *out = *failure;
     } else if (!allowed) {
-        error_set(&request->allowed, MESHX_EDENIED,
+        error_set(out, MESHX_EDENIED,
                   "a Consul intention (or the default policy) denies %s => %s; allow it "
                   "with `consul intention create -replace -allow %s %s`",
                   source, destination, source, destination);
     }
+    return failure == NULL && allowed;
+}
+
+/* Of the two directions a denial says more than another failure. */
+static void allowed_answered(struct mesh_request *request,
+                             const struct meshx_failure *failure, bool allowed,
+                             const char *source, const char *destination) {
+    struct meshx_failure found;
+    bool lets_in = failure != NULL && request->kind == MESH_REQUEST_ACCEPT;
+    if (!mesh_upstream_allowed(failure, allowed, source, destination, &found) &&
+        !lets_in && request->allowed.code != MESHX_EDENIED) {
+        request->allowed = found;
+    }
     lookup_answered(request);
+}
+
+static void on_allowed(const struct meshx_failure *failure, bool allowed,
+                       void *argument) {
+    struct mesh_request *request = argument;
+    allowed_answered(request, failure, allowed, request->mesh->config.values.service_name,
+                     request->service_name);
+}
+
+static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
+                            void *argument) {
+    struct mesh_request *request = argument;
+    allowed_answered(request, failure, allowed, request->service_name,
+                     request->mesh->config.values.service_name);
+}
+
+/* Both directions, since a link carries both ways, or the one in which it is dialed. */
+static int ask_intentions(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    const char *ours = mesh->config.values.service_name;
+    const char *theirs = request->service_name;
+    bool both = !mesh->config.values.dial_direction_only;
+    bool accepts = request->kind == MESH_REQUEST_ACCEPT;
+    if (both || !accepts) {
+        if (consul_allowed(mesh->consul, ours, theirs, on_allowed, request) != MESHX_OK) {
+            return MESHX_ENOMEM;
+        }
+        request->lookups++;
+    }
+    if (both || accepts) {
+        if (consul_allowed(mesh->consul, theirs, ours, on_allowed_back, request) !=
+            MESHX_OK) {
+            return MESHX_ENOMEM;
+        }
+        request->lookups++;
+    }
+    return MESHX_OK;
 }
 
 static void look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    if (!mesh->sidecar_accepts) {
-        answer_sidecar_down(request);
-        return;
+    if (request->kind != MESH_REQUEST_ACCEPT) {
+        if (!mesh->sidecar_accepts) {
+            answer_sidecar_down(request);
+            return;
+        }
+        if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
+                             on_instances, request) != MESHX_OK) {
+            answer_out_of_memory(request);
+            return;
+        }
+        request->lookups = 1;
     }
-    if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
-                         on_instances, request) != MESHX_OK) {
+    if (ask_intentions(request) != MESHX_OK) {
         answer_out_of_memory(request);
-        return;
     }
-    request->lookups = 1;
-    if (consul_allowed(mesh->consul, mesh->config.values.service_name,
-                       request->service_name, on_allowed, request) != MESHX_OK) {
-        answer_out_of_memory(request);
-        return;
-    }
-    request->lookups = 2;
 }
 
 void mesh_upstream_request(struct mesh *mesh, struct mesh_request *request) {

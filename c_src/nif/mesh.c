@@ -178,6 +178,10 @@ static ERL_NIF_TERM make_type(enum meshx_event_type type) {
         return am_failed;
     case MESHX_EVENT_UPSTREAM:
         return am_upstream;
+    case MESHX_EVENT_LINK_DENIED:
+        return am_link_denied;
+    case MESHX_EVENT_LINK_HEALTH:
+        return am_link_health;
     case MESHX_EVENT_INFO:
         return am_info;
     case MESHX_EVENT_OUTPUT:
@@ -209,6 +213,12 @@ static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
     case MESHX_EVENT_LOG:
         return enif_make_tuple2(env, make_level(event->level),
                                 terms_text(env, event->text));
+    case MESHX_EVENT_LINK_DENIED:
+    case MESHX_EVENT_LINK_HEALTH:
+        return enif_make_tuple2(env, enif_make_uint64(env, event->request),
+                                event->type == MESHX_EVENT_LINK_HEALTH
+                                    ? terms_text(env, event->text)
+                                    : terms_failure(env, event->failure));
     case MESHX_EVENT_FAILED:
     case MESHX_EVENT_STOPPED:
         return terms_failure(env, event->failure);
@@ -481,6 +491,11 @@ static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *deco
         return false;
     }
     config->force_registration = enif_is_identical(value, am_true);
+    *culprit = am_intention_directions;
+    if (!enif_get_map_value(env, map, am_intention_directions, &value)) {
+        return false;
+    }
+    config->dial_direction_only = enif_is_identical(value, am_dial);
     return true;
 }
 
@@ -563,12 +578,17 @@ fail:
 
 /* {error, stopped} or {error, out_of_memory} */
 static ERL_NIF_TERM make_result(ErlNifEnv *env, int rc) {
-    return rc == MESHX_OK ? am_ok
-                          : enif_make_tuple2(env, am_error,
-                                             enif_make_atom(env, meshx_error_name(rc)));
+    ERL_NIF_TERM code = enif_make_atom(env, meshx_error_name(rc));
+    return rc == MESHX_OK ? am_ok : enif_make_tuple2(env, am_error, code);
 }
 
-/* mesh_upstream(Mesh, Request, Node, ServiceName, dial | ask) -> ok | {error, Code} */
+static enum meshx_upstream_mode get_mode(ERL_NIF_TERM term) {
+    return enif_is_identical(term, am_ask)      ? MESHX_UPSTREAM_ASK
+           : enif_is_identical(term, am_accept) ? MESHX_UPSTREAM_ACCEPT
+                                                : MESHX_UPSTREAM_DIAL;
+}
+
+/* mesh_upstream(Mesh, Request, Node, ServiceName, Mode) -> ok | {error, Code} */
 ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
     ErlNifUInt64 request;
@@ -586,10 +606,8 @@ ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv
     }
     enif_mutex_lock(mesh->lock);
     if (mesh->handle != NULL) {
-        rc =
-            meshx_mesh_upstream(mesh->handle, request, node, service_name,
-                                enif_is_identical(argv[4], am_ask) ? MESHX_UPSTREAM_ASK
-                                                                   : MESHX_UPSTREAM_DIAL);
+        rc = meshx_mesh_upstream(mesh->handle, request, node, service_name,
+                                 get_mode(argv[4]));
     }
     enif_mutex_unlock(mesh->lock);
     result = make_result(env, rc);
@@ -598,22 +616,61 @@ ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv
     return result;
 }
 
-/* mesh_info(Mesh, Request) -> ok | {error, Code} */
-ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+/* mesh_link_up(Mesh, Id, Node, ServiceName, dialed | accepted) -> ok | {error, Code} */
+ERL_NIF_TERM nif_mesh_link_up(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
-    ErlNifUInt64 request;
+    bool is_named = !enif_is_identical(argv[3], am_undefined);
+    ErlNifUInt64 id;
+    char *node = NULL;
+    char *service_name = NULL;
     int rc = MESHX_ESTOPPED;
 
     (void)argc;
-    if (mesh == NULL || !enif_get_uint64(env, argv[1], &request)) {
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &id) ||
+        (node = terms_to_text(env, argv[2])) == NULL ||
+        (is_named && (service_name = terms_to_text(env, argv[3])) == NULL)) {
+        enif_free(node);
         return enif_make_badarg(env);
     }
     enif_mutex_lock(mesh->lock);
     if (mesh->handle != NULL) {
-        rc = meshx_mesh_info(mesh->handle, request);
+        rc = meshx_mesh_link_up(mesh->handle, id, node, service_name,
+                                enif_is_identical(argv[4], am_dialed));
+    }
+    enif_mutex_unlock(mesh->lock);
+    enif_free(node);
+    enif_free(service_name);
+    return make_result(env, rc);
+}
+
+/* Those that take the mesh and a number. */
+static ERL_NIF_TERM numbered(ErlNifEnv *env, const ERL_NIF_TERM argv[],
+                             int (*call)(struct meshx_mesh *, uint64_t)) {
+    struct mesh *mesh = mesh_get(env, argv[0]);
+    ErlNifUInt64 number;
+    int rc = MESHX_ESTOPPED;
+
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &number)) {
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(mesh->lock);
+    if (mesh->handle != NULL) {
+        rc = call(mesh->handle, number);
     }
     enif_mutex_unlock(mesh->lock);
     return make_result(env, rc);
+}
+
+/* mesh_link_down(Mesh, Id) -> ok | {error, Code} */
+ERL_NIF_TERM nif_mesh_link_down(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    (void)argc;
+    return numbered(env, argv, meshx_mesh_link_down);
+}
+
+/* mesh_info(Mesh, Request) -> ok | {error, Code} */
+ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    (void)argc;
+    return numbered(env, argv, meshx_mesh_info);
 }
 
 /* Those that take the mesh alone and always succeed. */

@@ -7,6 +7,8 @@
  *   ready     []
  *   failed    {Code, Text}                                  start failed, undone
  *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
+ *   link_denied  {Link, {Code, Text}}
+ *   link_health  {Link, undefined | Text}
  *   info      {Request, {ok, Map} | {error, {Code, Text}}}
  *   output    {stdout | stderr, Line}                       not all of a flood
  *   log       {info | notice | warning | error, Text}
@@ -36,6 +38,8 @@ bool mesh_open_type(ErlNifEnv *env, ErlNifResourceFlags flags);
 /* NIFs; the specs stand in src/meshx_node_nif.erl. */
 ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_link_up(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_mesh_link_down(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_mesh_renew(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_mesh_drain(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);

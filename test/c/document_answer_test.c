@@ -304,6 +304,89 @@ static void allowed(void **state) {
     }
 }
 
+static int intentions_parser(const char *body, size_t size, void *out,
+                             struct meshx_failure *failure) {
+    return document_parse_intentions(body, size, out, failure);
+}
+
+static int checks_parser(const char *body, size_t size, void *out,
+                         struct meshx_failure *failure) {
+    return document_parse_checks(body, size, out, failure);
+}
+
+static const char real_intentions[] =
+    "[{\"ID\":\"9036e901-2510-bac5-9f6d-c51d3662dba5\",\"Description\":\"\",\"SourceNS\":"
+    "\"default\",\"SourceName\":\"a@h\",\"DestinationNS\":\"default\","
+    "\"DestinationName\":"
+    "\"*\",\"SourceType\":\"consul\",\"Action\":\"deny\",\"Meta\":{},\"Precedence\":6},"
+    "{\"SourceName\":\"*\",\"DestinationName\":\"b\",\"Permissions\":[]}]";
+
+static void intentions(void **state) {
+    (void)state;
+    struct document_intentions found = {0};
+    assert_int_equal(parse(intentions_parser, real_intentions, sizeof real_intentions - 1,
+                           &found, NULL),
+                     MESHX_OK);
+    assert_int_equal(found.count, 2);
+    assert_string_equal(found.items[0].id, "9036e901-2510-bac5-9f6d-c51d3662dba5");
+    assert_string_equal(found.items[0].source, "a@h");
+    assert_string_equal(found.items[0].destination, "*");
+    assert_string_equal(found.items[0].action, "deny");
+    assert_int_equal(found.items[0].precedence, 6);
+    assert_null(found.items[1].action);
+    assert_null(found.items[1].id);
+    assert_int_equal(found.items[1].precedence, 0);
+    document_intentions_fini(&found);
+    assert_int_equal(parse(intentions_parser, "[]", 2, &found, NULL), MESHX_OK);
+    assert_int_equal(found.count, 0);
+    static const char *const cases[][2] = {
+        {"", "is not JSON"},
+        {"{}", "the list of intentions should be an array"},
+        {"[1]", "each intention should be an object"},
+        {"[{}]", "SourceName should be a string"},
+        {"[{\"SourceName\":\"a\"}]", "DestinationName should be a string"},
+        {"[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Action\":1}]",
+         "Action should be a string"},
+        {"[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Precedence\":\"9\"}]",
+         "Precedence should be an integer"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        assert_answer_refused(intentions_parser, cases[i][0], &found, cases[i][1]);
+    }
+}
+
+static const char real_checks[] =
+    "[{\"Node\":\"host-a\",\"CheckID\":\"serfHealth\",\"Name\":\"Serf Health Status\","
+    "\"Status\":\"critical\",\"Notes\":\"\",\"Output\":\"Agent not live or unreachable\","
+    "\"ServiceID\":\"\",\"ServiceName\":\"\",\"Definition\":{}},"
+    "{\"Node\":\"host-b\",\"Name\":\"Erlang VM\",\"Status\":\"critical\","
+    "\"ServiceID\":\"n@h\"}]";
+
+static void checks(void **state) {
+    (void)state;
+    struct document_checks found = {0};
+    assert_int_equal(
+        parse(checks_parser, real_checks, sizeof real_checks - 1, &found, NULL),
+        MESHX_OK);
+    assert_int_equal(found.count, 2);
+    assert_string_equal(found.items[0].agent_node, "host-a");
+    assert_string_equal(found.items[0].service_id, "");
+    assert_string_equal(found.items[0].trouble, "Agent not live or unreachable");
+    assert_string_equal(found.items[1].service_id, "n@h");
+    assert_string_equal(found.items[1].trouble, "check \"Erlang VM\" is critical");
+    document_checks_fini(&found);
+    static const char *const cases[][2] = {
+        {"{}", "the list of checks should be an array"},
+        {"[[]]", "each check should be an object"},
+        {"[{\"Status\":\"critical\"}]", "Node should be a string"},
+        {"[{\"Node\":\"a\"}]", "Status should be a string"},
+        {"[{\"Node\":\"a\",\"ServiceID\":1}]", "ServiceID should be a string"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        assert_answer_refused(checks_parser, cases[i][0], &found, cases[i][1]);
+    }
+}
+
 /* Only the core's own allocations fail: jansson's parser (2.14) crashes when some of its
  * own do. */
 static void answers_without_memory(void **state) {
@@ -314,6 +397,8 @@ static void answers_without_memory(void **state) {
                                              ",\"Checks\":[{\"Status\":\"critical\"}]");
     struct document_instances found = {0};
     struct document_service service = {0};
+    struct document_intentions listed = {0};
+    struct document_checks critical = {0};
     const struct {
         int (*parser)(const char *, size_t, void *, struct meshx_failure *);
         const char *body;
@@ -324,6 +409,8 @@ static void answers_without_memory(void **state) {
         {instances_parser, real_instances, sizeof real_instances - 1, &found, 7},
         {instances_parser, no_output, sizeof no_output - 1, &found, 5},
         {service_parser, service_body, sizeof service_body - 1, &service, 2},
+        {intentions_parser, real_intentions, sizeof real_intentions - 1, &listed, 7},
+        {checks_parser, real_checks, sizeof real_checks - 1, &critical, 7},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         unsigned nth = 1;
@@ -343,10 +430,14 @@ static void answers_without_memory(void **state) {
             assert_int_equal(found.count, 0);
             assert_null(service.node);
             assert_null(service.address);
+            assert_null(listed.items);
+            assert_null(critical.items);
         }
         assert_int_equal(nth - 1, cases[i].allocations);
         document_instances_fini(&found);
         document_service_fini(&service);
+        document_intentions_fini(&listed);
+        document_checks_fini(&critical);
     }
 }
 
@@ -360,6 +451,8 @@ int main(void) {
         cmocka_unit_test(services),
         cmocka_unit_test(wrong_services),
         cmocka_unit_test(allowed),
+        cmocka_unit_test(intentions),
+        cmocka_unit_test(checks),
         cmocka_unit_test(answers_without_memory),
     };
     return cmocka_run_group_tests_name("document_answer", tests, NULL, NULL);

@@ -7,7 +7,7 @@
 
 void context_make_http(void *argument) {
     struct context *context = argument;
-    context->new_code = http_new(context->loop, &context->endpoint, &context->http);
+    context->new_code = http_new(context->loop, &context->endpoint, 2, &context->http);
 }
 
 void context_drop_http(void *argument) {

@@ -398,7 +398,7 @@ static void make_http_without_memory(void *argument) {
     struct scarce *scarce = argument;
     struct context *context = scarce->context;
     allocation_fail(scarce->nth);
-    context->new_code = http_new(context->loop, &context->endpoint, &context->http);
+    context->new_code = http_new(context->loop, &context->endpoint, 2, &context->http);
 }
 
 static void send_without_memory(void *argument) {

@@ -87,6 +87,32 @@ void deregister_other(const char *id) {
                      200);
 }
 
+char *deny(const char *source, const char *destination) {
+    char body[256];
+    char *answer = NULL;
+    snprintf(body, sizeof body,
+             "{\"SourceName\":\"%s\",\"DestinationName\":\"%s\",\"Action\":\"deny\"}",
+             source, destination);
+    assert_int_equal(
+        agent_request(shared_agent, "POST", "/v1/connect/intentions", body, &answer),
+        200);
+    char *id = strstr(answer, "\"ID\"");
+    assert_non_null(id);
+    id = strchr(id + 4, '"') + 1;
+    *strchr(id, '"') = '\0';
+    char *copy = strdup(id);
+    free(answer);
+    return copy;
+}
+
+void allow_again(char *intention) {
+    assert_int_equal(agent_request(shared_agent, "DELETE",
+                                   path_of("/v1/connect/intentions/%s", intention), NULL,
+                                   NULL),
+                     200);
+    free(intention);
+}
+
 void use_test_filter(void) {
     signal(SIGPIPE, SIG_IGN);
     cmocka_set_test_filter(getenv("MESHX_TEST_FILTER")); // NOLINT(concurrency-mt-unsafe)

@@ -48,4 +48,8 @@ void assert_dialable(const char *name);
 void register_other(const char *id, const char *name, const char *node, const char *more);
 void deregister_other(const char *id);
 
+/* Denies it by an intention, whose ID is returned: new, until allow_again(). */
+char *deny(const char *source, const char *destination);
+void allow_again(char *intention);
+
 #endif

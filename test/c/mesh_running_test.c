@@ -11,33 +11,6 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-/* Returns the ID of the new intention; new. */
-static char *deny(const char *source, const char *destination) {
-    char body[256];
-    char *answer = NULL;
-    snprintf(body, sizeof body,
-             "{\"SourceName\":\"%s\",\"DestinationName\":\"%s\",\"Action\":\"deny\"}",
-             source, destination);
-    assert_int_equal(
-        agent_request(shared_agent, "POST", "/v1/connect/intentions", body, &answer),
-        200);
-    char *id = strstr(answer, "\"ID\"");
-    assert_non_null(id);
-    id = strchr(id + 4, '"') + 1;
-    *strchr(id, '"') = '\0';
-    char *copy = strdup(id);
-    free(answer);
-    return copy;
-}
-
-static void allow_again(char *intention) {
-    assert_int_equal(agent_request(shared_agent, "DELETE",
-                                   path_of("/v1/connect/intentions/%s", intention), NULL,
-                                   NULL),
-                     200);
-    free(intention);
-}
-
 /* ---- upstreams ---- */
 
 static void data_passes_both_sidecars(void **state) {

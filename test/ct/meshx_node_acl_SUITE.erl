@@ -19,6 +19,7 @@ all() ->
         token_never_shows,
         token_in_no_crash_dump,
         nobody_is_allowed_without_an_intention,
+        without_the_right_to_read_intentions,
         nothing_is_left
     ].
 
@@ -52,6 +53,9 @@ token_with_id(Config, Name) ->
         "service_prefix \"\" { policy = \"read\" }\n"
         "node_prefix \"\" { policy = \"read\" }\n"
     ],
+    token_of(Agent, Rules).
+
+token_of(Agent, Rules) ->
     Policy = <<"policy-", (integer_to_binary(erlang:unique_integer([positive])))/binary>>,
     meshx_ct_agent:put(Agent, "/v1/acl/policy", #{<<"Name">> => Policy, <<"Rules">> => iolist_to_binary(Rules)}),
     {ok, #{<<"SecretID">> := Secret, <<"AccessorID">> := Accessor}} = meshx_node_json:decode(
@@ -62,7 +66,12 @@ token_with_id(Config, Name) ->
 with_token(Config, Name) ->
     meshx_ct:start(Config, Name, #{env => [{"CONSUL_HTTP_TOKEN", token(Config, Name)}]}).
 
-allow(Config, #{node := From}, #{node := To}) ->
+%% A link carries both ways.
+allow(Config, One, Two) ->
+    allow_one_way(Config, One, Two),
+    allow_one_way(Config, Two, One).
+
+allow_one_way(Config, #{node := From}, #{node := To}) ->
     meshx_ct_agent:allow(proplists:get_value(agent, Config), atom_to_binary(From), atom_to_binary(To)).
 
 refused(Vm, Pattern) ->
@@ -208,5 +217,42 @@ hold(Small, Large, String) ->
 nobody_is_allowed_without_an_intention(Config) ->
     [One, Two] = [with_token(Config, Name) || Name <- [one, two]],
     meshx_ct:failed_connect(One, Two, "intention.*one@.* => two@"),
+    allow_one_way(Config, One, Two),
+    meshx_ct:failed_connect(One, Two, "intention.*two@.* => one@"),
+    allow_one_way(Config, Two, One),
+    ?assert(meshx_ct:connect(One, Two)),
+    %% Without any again.
+    Mark = meshx_ct:mark(One),
+    meshx_ct:auto_connect(One, never),
+    meshx_ct:auto_connect(Two, never),
+    meshx_ct_agent:delete_intentions(proplists:get_value(agent, Config)),
+    meshx_ct:wait("the link's end", fun() -> meshx_ct:call(One, erlang, nodes, []) =:= [] end, 5000),
+    [?assertMatch({match, _}, re:run(Line, "default policy")) || Line <- meshx_ct:own_lines(One, Mark)].
+
+%% But for the own service's, which the sidecar reads too: the nodes can't see which intention it is,
+%% and are cut off all the same.
+without_the_right_to_read_intentions(Config) ->
+    Agent = proplists:get_value(agent, Config),
+    Blind = fun(Name) ->
+        Node = atom_to_binary(meshx_ct:node_name(Name)),
+        token_of(Agent, [
+            ["service \"", Node, "\" { policy = \"write\" }\n"],
+            ["service \"", Node, "-sidecar-proxy\" { policy = \"write\" }\n"],
+            "service_prefix \"\" { policy = \"read\" intentions = \"deny\" }\n"
+            "node_prefix \"\" { policy = \"read\" }\n"
+        ])
+    end,
+    [One, Two] = [
+        meshx_ct:start(Config, Name, #{env => [{"CONSUL_HTTP_TOKEN", Blind(Name)}]})
+     || Name <- [one, two]
+    ],
+    [meshx_ct:auto_connect(Node, never) || Node <- [One, Two]],
     allow(Config, One, Two),
-    ?assert(meshx_ct:connect(One, Two)).
+    Mark = meshx_ct:mark(One),
+    ?assert(meshx_ct:connect(One, Two)),
+    meshx_ct_agent:deny(Agent, atom_to_binary(maps:get(node, One)), atom_to_binary(maps:get(node, Two))),
+    meshx_ct:wait("the link's end", fun() -> meshx_ct:call(One, erlang, nodes, []) =:= [] end, 5000),
+    [
+        ?assertMatch({match, _}, re:run(Line, "can't read.* denies one@.* => two@"))
+     || Line <- meshx_ct:own_lines(One, Mark)
+    ].

@@ -62,6 +62,7 @@ defaults(Config) ->
             upstream_ports := {24000, 29999},
             upstreams := #{},
             allowed_uids := [],
+            intention_directions := both,
             sidecar_stdout := notice,
             sidecar_stderr := warning,
             sidecar_restart_min := 100,
@@ -194,6 +195,7 @@ values_that_are_taken(_) ->
             {<<"{8000, 8001}">>, {8000, 8001}},
             {#{'__struct__' => 'Elixir.Range', first => 5, last => 6, step => 1}, {5, 6}}
         ]},
+        {intention_directions, [{both, both}, {dial, dial}, {<<"dial">>, dial}, {"both", both}]},
         {sidecar_stdout, [{off, off}, {debug, debug}, {<<"emergency">>, emergency}, {"off", off}]},
         {sidecar_address, [
             {{127, 0, 0, 1}, <<"127.0.0.1">>},
@@ -243,6 +245,7 @@ values_that_are_refused(_) ->
         {sidecar_ports, "1 to 65535", [
             {0, 5}, {5, 4}, {1, 65536}, 0, 65536, "a-b", <<"1-2-3">>, "", {1}, #{}, <<"99999">>
         ]},
+        {intention_directions, "both or dial", [none, "", "Both", 2, [dial], true]},
         {sidecar_stderr, "off or a logger level", [loud, 3, "", false]},
         {sidecar_address, "numeric IP address", [
             "localhost", "1.2.3", {0, 0, 0, 0}, "::", {1, 2}, {}, {256, 1, 1, 1}, 5, "0.0.0.0", ""

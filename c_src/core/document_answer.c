@@ -1,0 +1,387 @@
+/*
+ * Consul's JSON documents, in: what the agent answers. L1, any thread: no state.
+ *
+ * Nothing of an answer is trusted. Every field is fetched with the type it must have, and
+ * a text never ends early at a NUL, which would make two different names look equal.
+ */
+#include "document_internal.h"
+#include "buf.h"
+#include "error.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int parse_answer(const char *body, size_t size, json_t **out,
+                        struct meshx_failure *failure) {
+    json_error_t error;
+    /* A check's output is whatever a program wrote, also a NUL. */
+    *out = json_loadb(body, size, JSON_ALLOW_NUL, &error);
+    if (*out != NULL) {
+        return MESHX_OK;
+    }
+    return document_ran_out_of_memory(&error)
+               ? document_out_of_memory(failure)
+               : error_set(failure, MESHX_EAGENT_ANSWER,
+                           "the agent's answer is not JSON: line %d, column %d: %s",
+                           error.line, error.column, error.text);
+}
+
+static int answer_failure(struct meshx_failure *failure, const char *key,
+                          const char *wanted, const json_t *value) {
+    return error_set(failure, MESHX_EAGENT_ANSWER,
+                     "the agent's answer is not understood: %s should be %s, but is %s",
+                     key, wanted, value == NULL ? "missing" : document_kind_of(value));
+}
+
+enum presence { OPTIONAL, REQUIRED };
+
+/* Borrows |key| of |object| to |*out|; NULL where it is missing or null and may be so. */
+static int get(json_t *object, const char *key, json_type type, enum presence presence,
+               json_t **out, struct meshx_failure *failure) {
+    static const char *const wanted[] = {
+        [JSON_OBJECT] = "an object",
+        [JSON_ARRAY] = "an array",
+        [JSON_STRING] = "a string",
+        [JSON_INTEGER] = "an integer",
+    };
+    json_t *value = json_object_get(object, key);
+    *out = NULL;
+    if ((value == NULL || json_is_null(value)) && presence == OPTIONAL) {
+        return MESHX_OK;
+    }
+    if (value == NULL || json_typeof(value) != type) {
+        return answer_failure(failure, key, wanted[type], value);
+    }
+    *out = value;
+    return MESHX_OK;
+}
+
+/* Copies |string| to |*out| (new); NULL stays NULL. A NUL in it becomes a space. */
+static int copy_string(const json_t *string, char **out, struct meshx_failure *failure) {
+    if (string == NULL) {
+        *out = NULL;
+        return MESHX_OK;
+    }
+    size_t size = json_string_length(string);
+    char *text = malloc(size + 1);
+    if (text == NULL) {
+        return document_out_of_memory(failure);
+    }
+    memcpy(text, json_string_value(string), size + 1);
+    for (char *nul = memchr(text, '\0', size); nul != NULL;
+         nul = memchr(nul, '\0', size - (size_t)(nul - text))) {
+        *nul = ' ';
+    }
+    *out = text;
+    return MESHX_OK;
+}
+
+/* get() and copy_string() at once. */
+static int get_string(json_t *object, const char *key, enum presence presence, char **out,
+                      struct meshx_failure *failure) {
+    json_t *value = NULL;
+    int result = get(object, key, JSON_STRING, presence, &value, failure);
+    return result == MESHX_OK ? copy_string(value, out, failure) : result;
+}
+
+/* The node name in the Meta of |service|: NULL if there is none. */
+static int get_node(json_t *service, char **out, struct meshx_failure *failure) {
+    json_t *meta = NULL;
+    int result = get(service, "Meta", JSON_OBJECT, OPTIONAL, &meta, failure);
+    return result == MESHX_OK
+               ? get_string(meta, DOCUMENT_META_NODE, OPTIONAL, out, failure)
+               : result;
+}
+
+/* |*out|: what |check| says against its instance, NULL if it passes. */
+static int read_check(json_t *check, char **out, struct meshx_failure *failure) {
+    json_t *status = NULL;
+    json_t *output = NULL;
+    json_t *name = NULL;
+    if (!json_is_object(check)) {
+        return answer_failure(failure, "each of Checks", "an object", check);
+    }
+    int result = get(check, "Status", JSON_STRING, REQUIRED, &status, failure);
+    if (result == MESHX_OK) {
+        result = get(check, "Output", JSON_STRING, OPTIONAL, &output, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(check, "Name", JSON_STRING, OPTIONAL, &name, failure);
+    }
+    if (result != MESHX_OK || strcmp(json_string_value(status), "passing") == 0) {
+        return result;
+    }
+    if (output != NULL && json_string_length(output) > 0) {
+        return copy_string(output, out, failure);
+    }
+    struct buf text = {0};
+    if (buf_format(&text, "check \"%s\" is %s",
+                   name == NULL ? "" : json_string_value(name),
+                   json_string_value(status)) != MESHX_OK) {
+        return document_out_of_memory(failure);
+    }
+    *out = buf_take(&text);
+    return MESHX_OK;
+}
+
+static int read_instance(json_t *entry, struct document_instance *out,
+                         struct meshx_failure *failure) {
+    json_t *agent = NULL;
+    json_t *service = NULL;
+    json_t *checks = NULL;
+    if (!json_is_object(entry)) {
+        return answer_failure(failure, "each instance", "an object", entry);
+    }
+    int result = get(entry, "Node", JSON_OBJECT, REQUIRED, &agent, failure);
+    if (result == MESHX_OK) {
+        result = get(entry, "Service", JSON_OBJECT, REQUIRED, &service, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(entry, "Checks", JSON_ARRAY, OPTIONAL, &checks, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(agent, "Node", REQUIRED, &out->agent_node, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(service, "ID", REQUIRED, &out->service_id, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_node(service, &out->node, failure);
+    }
+    for (size_t i = 0;
+         i < json_array_size(checks) && result == MESHX_OK && out->trouble == NULL; i++) {
+        result = read_check(json_array_get(checks, i), &out->trouble, failure);
+    }
+    out->passing = out->trouble == NULL;
+    return result;
+}
+
+int document_parse_instances(const char *body, size_t size,
+                             struct document_instances *out,
+                             struct meshx_failure *failure) {
+    struct document_instances found = {0};
+    json_t *answer = NULL;
+    *out = found;
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    if (!json_is_array(answer)) {
+        result = answer_failure(failure, "the list of instances", "an array", answer);
+    }
+    size_t count = json_array_size(answer);
+    if (count > 0) {
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            found.count = count;
+        }
+    }
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_instance(json_array_get(answer, i), &found.items[i], failure);
+    }
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_instances_fini(&found);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_instances_fini(struct document_instances *instances) {
+    for (size_t i = 0; i < instances->count; i++) {
+        free(instances->items[i].node);
+        free(instances->items[i].service_id);
+        free(instances->items[i].agent_node);
+        free(instances->items[i].trouble);
+    }
+    free(instances->items);
+    *instances = (struct document_instances){0};
+}
+
+int document_parse_service(const char *body, size_t size, struct document_service *out,
+                           struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    json_t *port = NULL;
+    *out = (struct document_service){0};
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    if (!json_is_object(answer)) {
+        result = answer_failure(failure, "the service", "an object", answer);
+    }
+    if (result == MESHX_OK) {
+        result = get_node(answer, &out->node, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(answer, "Address", REQUIRED, &out->address, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(answer, "Port", JSON_INTEGER, REQUIRED, &port, failure);
+    }
+    if (result == MESHX_OK) {
+        json_int_t number = json_integer_value(port);
+        if (number < 0 || number > UINT16_MAX) {
+            result = answer_failure(failure, "Port", "0 to 65535", port);
+        } else {
+            out->port = (uint16_t)number;
+        }
+    }
+    if (result != MESHX_OK) {
+        document_service_fini(out);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_service_fini(struct document_service *service) {
+    free(service->node);
+    free(service->address);
+    *service = (struct document_service){0};
+}
+
+int document_parse_allowed(const char *body, size_t size, bool *out,
+                           struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    int result = parse_answer(body, size, &answer, failure);
+    if (result != MESHX_OK) {
+        return result;
+    }
+    json_t *allowed = json_object_get(answer, "Allowed");
+    if (json_is_boolean(allowed)) {
+        *out = json_is_true(allowed);
+    } else {
+        result = answer_failure(failure, "Allowed", "a boolean", allowed);
+    }
+    json_decref(answer);
+    return result;
+}
+
+/* |*out|: an array (new); NULL on failure. */
+static int parse_list(const char *body, size_t size, const char *what, json_t **out,
+                      struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    int result = parse_answer(body, size, &answer, failure);
+    if (result == MESHX_OK && !json_is_array(answer)) {
+        result = answer_failure(failure, what, "an array", answer);
+        json_decref(answer);
+        answer = NULL;
+    }
+    *out = answer;
+    return result;
+}
+
+static int read_intention(json_t *entry, struct document_intention *out,
+                          struct meshx_failure *failure) {
+    json_t *precedence = NULL;
+    if (!json_is_object(entry)) {
+        return answer_failure(failure, "each intention", "an object", entry);
+    }
+    int result = get_string(entry, "SourceName", REQUIRED, &out->source, failure);
+    if (result == MESHX_OK) {
+        result =
+            get_string(entry, "DestinationName", REQUIRED, &out->destination, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(entry, "Action", OPTIONAL, &out->action, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(entry, "ID", OPTIONAL, &out->id, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get(entry, "Precedence", JSON_INTEGER, OPTIONAL, &precedence, failure);
+        out->precedence = json_integer_value(precedence);
+    }
+    return result;
+}
+
+int document_parse_intentions(const char *body, size_t size,
+                              struct document_intentions *out,
+                              struct meshx_failure *failure) {
+    struct document_intentions found = {0};
+    json_t *answer = NULL;
+    *out = found;
+    int result = parse_list(body, size, "the list of intentions", &answer, failure);
+    size_t count = json_array_size(answer);
+    if (count > 0) {
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            found.count = count;
+        }
+    }
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_intention(json_array_get(answer, i), &found.items[i], failure);
+    }
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_intentions_fini(&found);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_intentions_fini(struct document_intentions *intentions) {
+    for (size_t i = 0; i < intentions->count; i++) {
+        free(intentions->items[i].source);
+        free(intentions->items[i].destination);
+        free(intentions->items[i].action);
+        free(intentions->items[i].id);
+    }
+    free(intentions->items);
+    *intentions = (struct document_intentions){0};
+}
+
+static int read_critical(json_t *entry, struct document_check *out,
+                         struct meshx_failure *failure) {
+    if (!json_is_object(entry)) {
+        return answer_failure(failure, "each check", "an object", entry);
+    }
+    int result = get_string(entry, "Node", REQUIRED, &out->agent_node, failure);
+    if (result == MESHX_OK) {
+        result = get_string(entry, "ServiceID", OPTIONAL, &out->service_id, failure);
+    }
+    return result == MESHX_OK ? read_check(entry, &out->trouble, failure) : result;
+}
+
+int document_parse_checks(const char *body, size_t size, struct document_checks *out,
+                          struct meshx_failure *failure) {
+    struct document_checks found = {0};
+    json_t *answer = NULL;
+    *out = found;
+    int result = parse_list(body, size, "the list of checks", &answer, failure);
+    size_t count = json_array_size(answer);
+    if (count > 0) {
+        found.items = calloc(count, sizeof *found.items);
+        if (found.items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            found.count = count;
+        }
+    }
+    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
+        result = read_critical(json_array_get(answer, i), &found.items[i], failure);
+    }
+    if (result == MESHX_OK) {
+        *out = found;
+    } else {
+        document_checks_fini(&found);
+    }
+    json_decref(answer);
+    return result;
+}
+
+void document_checks_fini(struct document_checks *checks) {
+    for (size_t i = 0; i < checks->count; i++) {
+        free(checks->items[i].agent_node);
+        free(checks->items[i].service_id);
+        free(checks->items[i].trouble);
+    }
+    free(checks->items);
+    *checks = (struct document_checks){0};
+}

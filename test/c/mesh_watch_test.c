@@ -1,0 +1,213 @@
+/*
+ * What Consul says of linked nodes while a node service runs: intentions and health, by
+ * blocking queries at a real agent.
+ */
+#include "mesh_fixture.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define VM_CHECK "\"Port\":1,\"Check\":{\"Name\":\"Erlang VM\",\"TTL\":\"10m\"}"
+
+/* A node whose sidecar is the other's listener: these tests need none. */
+static struct node *start_without_sidecar(struct meshx_loop *loop, struct node *listener,
+                                          const struct agent *agent, const char *name) {
+    struct node *node = node_new(agent, name);
+    const uint16_t port = listener->config.listen_port;
+    node->config.sidecar_command = NULL;
+    node->config.sidecar_ports = (struct meshx_port_range){port, port};
+    node_open(node, loop);
+    node_wait(node, MESHX_EVENT_READY, 0, NULL);
+    return node;
+}
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static void link_up(struct node *node, uint64_t id, const char *other, bool dialed) {
+    assert_int_equal(meshx_mesh_link_up(node->mesh, id, other, other, dialed), MESHX_OK);
+}
+
+/* Until so many requests more were sent, for what must not happen. */
+static void await_requests(struct node *node, uint64_t more) {
+    const uint64_t before = node_info(node)->info.requests;
+    const struct timespec time = {0, 100000000}; /* each look is an event on record */
+    while (node_info(node)->info.requests < before + more) {
+        nanosleep(&time, NULL);
+    }
+}
+
+static void a_denied_link_is_told_once(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "watcher@test");
+    register_other("peer@test", "peer@test", "peer@test", "\"Port\":1");
+    link_up(node, 1, "peer@test", true);
+    link_up(node, 2, "peer@test", false);
+    assert_int_equal(meshx_mesh_link_up(node->mesh, 3, "static@test", NULL, true),
+                     MESHX_OK);
+    static const char *const pairs[][2] = {{"watcher@test", "peer@test"},
+                                           {"*", "watcher@test"}};
+    for (uint64_t i = 0; i < 2; i++) {
+        char *intention = deny(pairs[i][0], pairs[i][1]);
+        char text[100];
+        snprintf(text, sizeof text, "ID %s", intention);
+        for (uint64_t id = 1; id <= 2; id++) {
+            const struct node_event *event =
+                node_wait(node, MESHX_EVENT_LINK_DENIED, id + 2 * i, NULL);
+            assert_int_equal(event->code, MESHX_EDENIED);
+            assert_non_null(strstr(event->text, text));
+            assert_int_equal(meshx_mesh_link_down(node->mesh, id + 2 * i), MESHX_OK);
+        }
+        await_requests(node, 6);
+        allow_again(intention);
+        link_up(node, 3 + 2 * i, "peer@test", true);
+        link_up(node, 4 + 2 * i, "peer@test", false);
+        await_requests(node, 6);
+        assert_int_equal(node_count(node, MESHX_EVENT_LINK_DENIED, NULL), 2 + 2 * i);
+    }
+    deregister_other("peer@test");
+    node_free(node);
+    node_free(listener);
+}
+
+static void one_direction_if_wished(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node = node_new(shared_agent, "oneway@test");
+    const uint16_t port = listener->config.listen_port;
+    node->config.dial_direction_only = true;
+    node->config.sidecar_command = NULL;
+    node->config.sidecar_ports = (struct meshx_port_range){port, port};
+    node_open(node, *state);
+    node_wait(node, MESHX_EVENT_READY, 0, NULL);
+    register_other("peer@test", "peer@test", "peer@test", "\"Port\":1");
+    link_up(node, 1, "peer@test", true);
+    link_up(node, 2, "peer@test", false);
+    char *there = deny("oneway@test", "peer@test");
+    node_wait(node, MESHX_EVENT_LINK_DENIED, 1, "oneway@test => peer@test");
+    assert_int_equal(
+        node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ACCEPT)->code,
+        MESHX_OK);
+    char *back = deny("peer@test", "oneway@test");
+    node_wait(node, MESHX_EVENT_LINK_DENIED, 2, "peer@test => oneway@test");
+    assert_int_equal(
+        node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ACCEPT)->code,
+        MESHX_EDENIED);
+    allow_again(there);
+    assert_int_equal(
+        node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ASK)->code,
+        MESHX_OK);
+    allow_again(back);
+    assert_int_equal(node_count(node, MESHX_EVENT_LINK_DENIED, NULL), 2);
+    deregister_other("peer@test");
+    node_free(node);
+    node_free(listener);
+}
+
+static void a_critical_node_is_told_and_told_well(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "nurse@test");
+    register_other("sick@test", "sick@test", "sick@test", VM_CHECK);
+    link_up(node, 1, "sick@test", true);
+    node_wait(node, MESHX_EVENT_LINK_HEALTH, 1, "Erlang VM");
+    assert_int_equal(agent_request(shared_agent, "PUT",
+                                   "/v1/agent/check/pass/service:sick@test", NULL, NULL),
+                     200);
+    while (node_count(node, MESHX_EVENT_LINK_HEALTH, NULL) < 2) {
+        node_pause();
+    }
+    assert_int_equal(node_count(node, MESHX_EVENT_LINK_HEALTH, "Erlang VM"), 1);
+    deregister_other("sick@test");
+    node_free(node);
+    node_free(listener);
+}
+
+/* Its own checks fail at nothing but a heartbeat, and those are far apart here. */
+static void an_agent_that_returns_is_noticed_at_once(void **state) {
+    struct agent *agent = NULL;
+    agent_start(&agent);
+    struct node *listener = node_new(agent, "unused@test");
+    struct node *node = node_new(agent, "missing@test");
+    const uint16_t port = listener->config.listen_port;
+    node->config.ttl = 600000;
+    node->config.sidecar_command = NULL;
+    node->config.sidecar_ports = (struct meshx_port_range){port, port};
+    node_open(node, *state);
+    node_wait(node, MESHX_EVENT_READY, 0, NULL);
+    link_up(node, 1, "anyone@test", true);
+    agent_kill(agent);
+    node_wait(node, MESHX_EVENT_LOG, 0, "trying again");
+    agent_restart(agent);
+    node_wait(node, MESHX_EVENT_LOG, 0, "registered again");
+    await_requests(node, 4);
+    assert_int_equal(node_count(node, MESHX_EVENT_LINK_DENIED, NULL), 0);
+    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "trying again"), 1);
+    assert_int_equal(node_info(node)->info.repairs, 1);
+    node_free(node);
+    node_free(listener);
+    agent_stop(agent);
+}
+
+static void a_stop_waits_for_no_query(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "waiting@test");
+    link_up(node, 1, "anyone@test", true);
+    await_requests(node, 6);
+    const double begin = seconds();
+    node_stop(node);
+    assert_true(seconds() - begin < 10);
+    node_free(node);
+    node_free(listener);
+}
+
+/* What can't be asked for want of memory is asked again. */
+static void every_allocation_may_fail(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "poor@test");
+    register_other("peer@test", "peer@test", "peer@test", "\"Port\":1");
+    char *intention = deny("poor@test", "peer@test");
+    uint64_t id = 0;
+    bool failed = true;
+    while (failed) {
+        id++;
+        allocation_fail((unsigned)id);
+        int code = meshx_mesh_link_up(node->mesh, id, "peer@test", "peer@test", true);
+        /* Without memory for the link itself it is not watched. */
+        while (code == MESHX_OK &&
+               node_count(node, MESHX_EVENT_LOG, "not watched") == 0 &&
+               node_count(node, MESHX_EVENT_LINK_DENIED, NULL) == 0) {
+            node_pause();
+        }
+        failed = allocation_failed();
+        allocation_fail(0);
+        assert_true(code == MESHX_OK || code == MESHX_ENOMEM);
+        meshx_mesh_link_down(node->mesh, id);
+        pthread_mutex_lock(&node->lock);
+        node->count = 0;
+        pthread_mutex_unlock(&node->lock);
+    }
+    assert_in_range(id, 10, 500);
+    allow_again(intention);
+    deregister_other("peer@test");
+    node_free(node);
+    node_free(listener);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        TEST(a_denied_link_is_told_once),
+        TEST(one_direction_if_wished),
+        TEST(a_critical_node_is_told_and_told_well),
+        TEST(an_agent_that_returns_is_noticed_at_once),
+        TEST(a_stop_waits_for_no_query),
+        TEST(every_allocation_may_fail),
+    };
+    return RUN_TESTS(tests);
+}
