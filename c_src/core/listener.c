@@ -110,6 +110,8 @@ static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
             readlinkat(dirfd(descriptors), entry->d_name, target, sizeof target);
         if (size == length && memcmp(target, wanted, (size_t)size) == 0) {
             owner = LISTENER_FAMILY;
+        } else if (size < 0 && (errno == EACCES || errno == EPERM)) {
+            owner = LISTENER_UNKNOWN; /* of root the list may be read, but not these */
         }
     }
     closedir(descriptors);
