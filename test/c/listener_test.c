@@ -190,6 +190,18 @@ static void connections_are_seen(void **state) {
     assert_false(listener_has_connections(&address));
 }
 
+/* A kernel without tcp_diag says "no such file" of every question. So does ours of a
+ * family that it has no diagnostics for. */
+static void without_diagnostics_nothing_is_known(void **state) {
+    (void)state;
+    struct sock_address address;
+    int fd = open_listener("127.0.0.1", &address);
+    address.storage.ss_family = AF_X25;
+    assert_int_equal(owner(&address, getpid()), LISTENER_UNKNOWN);
+    assert_true(listener_has_connections(&address));
+    close(fd);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(nobody_is_there),
@@ -198,6 +210,7 @@ int main(void) {
         cmocka_unit_test(a_grandchilds_is_the_familys),
         cmocka_unit_test(another_users_are_not_taken_for_others),
         cmocka_unit_test(connections_are_seen),
+        cmocka_unit_test(without_diagnostics_nothing_is_known),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
