@@ -116,6 +116,9 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
             mesh_registration_lost(mesh);
         }
     } else {
+        if (failure == NULL) {
+            mesh->away_time = 0; /* the agent still knows us: it has lost nothing */
+        }
         mesh_agent_result(mesh, check->talk, failure);
     }
 }
