@@ -59,7 +59,8 @@ static struct question new_question(const struct sock_address *address, uint16_t
     return question;
 }
 
-/* 0 and |*out|, or -errno: -ENOENT when there is no such socket. */
+/* 0 and |*out|, or -errno: -ENOENT when there is no such socket. Unless it is a dump, a
+ * kernel that can't look for any says that too. */
 static int ask_kernel(const struct question *question, struct reply *out) {
     union {
         struct reply reply;
@@ -80,13 +81,22 @@ static int ask_kernel(const struct question *question, struct reply *out) {
         return error;
     }
     memcpy(out, &received, (size_t)size < sizeof *out ? (size_t)size : sizeof *out);
-    if (out->header.nlmsg_type == NLMSG_DONE) {
-        return -ENOENT;
+    if (out->header.nlmsg_type == NLMSG_DONE) { /* of a dump, with its error or 0 */
+        return out->error.error < 0 ? -EOPNOTSUPP : -ENOENT;
     }
     if (out->header.nlmsg_type == NLMSG_ERROR) {
-        return out->error.error < 0 ? out->error.error : -EPROTO;
+        bool is_dump = (question->header.nlmsg_flags & NLM_F_DUMP) != 0;
+        return is_dump ? -EOPNOTSUPP : out->error.error < 0 ? out->error.error : -EPROTO;
     }
     return out->header.nlmsg_type == SOCK_DIAG_BY_FAMILY ? 0 : -EPROTO;
+}
+
+/* Whether the kernel can look for listeners: its module tcp_diag may be missing. */
+static bool can_look(const struct sock_address *address) {
+    struct reply ignored;
+    const struct question question = new_question(address, NLM_F_DUMP, TCP_LISTEN);
+    int error = ask_kernel(&question, &ignored);
+    return error == 0 || error == -ENOENT;
 }
 
 /* ---- processes ---- */
@@ -110,6 +120,8 @@ static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
             readlinkat(dirfd(descriptors), entry->d_name, target, sizeof target);
         if (size == length && memcmp(target, wanted, (size_t)size) == 0) {
             owner = LISTENER_FAMILY;
+        } else if (size < 0 && (errno == EACCES || errno == EPERM)) {
+            owner = LISTENER_UNKNOWN; /* of root the list may be read, but not these */
         }
     }
     closedir(descriptors);
@@ -191,7 +203,7 @@ enum listener_owner listener_owner(const struct sock_address *address, pid_t pro
     struct reply reply;
     const struct question question = new_question(address, 0, TCP_LISTEN);
     int error = ask_kernel(&question, &reply);
-    if (error == -ENOENT) {
+    if (error == -ENOENT && can_look(address)) {
         return LISTENER_NOBODY;
     }
     if (error != 0) {

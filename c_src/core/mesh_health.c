@@ -116,6 +116,9 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
             mesh_registration_lost(mesh);
         }
     } else {
+        if (failure == NULL) {
+            mesh->away_time = 0; /* the agent still knows us: it has lost nothing */
+        }
         mesh_agent_result(mesh, check->talk, failure);
     }
 }
@@ -178,7 +181,10 @@ void mesh_heartbeat(struct mesh *mesh) {
     check_vm(mesh);
     if (mesh->sidecar != NULL && mesh->sidecar_pid == 0) {
         /* Said at once when it ended; said again, the agent may have missed it. */
-        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, mesh->sidecar_check.note);
+        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL,
+                       mesh->sidecar_check.wanted == CONSUL_PASS
+                           ? "the sidecar is being restarted"
+                           : mesh->sidecar_check.note);
     } else if (mesh->sidecar == NULL && !mesh->sidecar_accepts) {
         mesh_probe_sidecar(mesh, EXTERNAL_PROBE_INTERVAL, mesh->config.values.ttl / 3);
     } else {

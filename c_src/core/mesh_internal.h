@@ -146,7 +146,8 @@ struct mesh_link {
     bool gone;          /* freed with the last answer that refers to it */
     bool denied;        /* that was told */
     unsigned asked;     /* answers to come */
-    uint64_t denied_at; /* when that was first seen; 0: never */
+    bool refused;       /* by an answer of the judgement under way */
+    uint64_t denied_at; /* since when all judgements do; 0: the last one does not */
     uint64_t judged;    /* |link_news| when it was last asked about */
     bool critical;
     bool critical_told;

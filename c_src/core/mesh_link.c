@@ -157,6 +157,9 @@ static void answered(struct mesh_link *link) {
         return;
     }
     mesh->links_asked--;
+    if (!link->refused) {
+        link->denied_at = 0;
+    }
     if (link->gone) {
         unlink_link(link);
         link_free(link);
@@ -170,6 +173,7 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
     struct meshx_failure why;
     if (is_running(mesh) && !link->gone &&
         !mesh_upstream_allowed(failure, allowed, source, destination, &why)) {
+        link->refused = link->refused || failure == NULL;
         if (failure == NULL && !link->denied) {
             tell_denied(link, source, destination);
         } else if (failure != NULL) {
@@ -221,6 +225,7 @@ static void ask(struct mesh_link *link) {
     bool both = !mesh->config.values.dial_direction_only;
     bool complete = true;
     link->judged = mesh->link_news;
+    link->refused = false;
     if (both || link->dialed) {
         bool sent = consul_allowed(mesh->consul, ours, link->service_name, on_ours,
                                    link) == MESHX_OK;

@@ -275,6 +275,9 @@ void mesh_watch_begin(struct mesh *mesh) {
             ask(query);
         }
     }
+    if (mesh->queries[MESH_QUERY_INTENTIONS].failures > 0 && mesh_link_any(mesh)) {
+        mesh_watch_recheck(mesh, MESH_RECHECK_TIME); /* it ended with the last link */
+    }
 }
 
 void mesh_watch_end(struct mesh *mesh) {

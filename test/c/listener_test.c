@@ -4,8 +4,10 @@
 #include "listener.h"
 #include "support.h"
 #include <errno.h>
+#include <linux/capability.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -119,6 +121,54 @@ static void a_grandchilds_is_the_familys(void **state) {
     assert_int_equal(owner(&address, getpid()), LISTENER_NOBODY);
 }
 
+/* Root without CAP_SYS_PTRACE, as in a container. */
+static bool drop_ptrace(void) {
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct sets[2];
+    if (syscall(SYS_capget, &header, sets) != 0) {
+        return false;
+    }
+    sets[0].effective &= ~(UINT32_C(1) << CAP_SYS_PTRACE);
+    sets[0].permitted &= ~(UINT32_C(1) << CAP_SYS_PTRACE);
+    return syscall(SYS_capset, &header, sets) == 0;
+}
+
+/* A sidecar that has given up root: its descriptors are listed for root, but where they
+ * lead is not told. */
+static void another_users_are_not_taken_for_others(void **state) {
+    (void)state;
+    if (geteuid() != 0) {
+        skip();
+    }
+    struct sock_address address;
+    int ready[2];
+    char byte;
+    int status = -1;
+    assert_int_equal(pipe(ready), 0);
+    int fd = open_listener("127.0.0.1", &address);
+    pid_t sidecar = fork();
+    if (sidecar == 0) {
+        if (setuid(65534) == 0) {
+            (void)!write(ready[1], "r", 1);
+        }
+        for (;;) {
+            pause();
+        }
+    }
+    close(fd);
+    assert_int_equal(read(ready[0], &byte, 1), 1);
+    pid_t asker = fork();
+    if (asker == 0) {
+        _exit(drop_ptrace() ? (int)owner(&address, sidecar) : 100);
+    }
+    assert_int_equal(waitpid(asker, &status, 0), asker);
+    kill(sidecar, SIGKILL);
+    assert_int_equal(waitpid(sidecar, NULL, 0), sidecar);
+    assert_int_equal(WEXITSTATUS(status), LISTENER_UNKNOWN);
+    close(ready[0]);
+    close(ready[1]);
+}
+
 static void connections_are_seen(void **state) {
     (void)state;
     const struct sock_options options = SOCK_OPTIONS_DEFAULT;
@@ -140,13 +190,27 @@ static void connections_are_seen(void **state) {
     assert_false(listener_has_connections(&address));
 }
 
+/* A kernel without tcp_diag says "no such file" of every question. So does ours of a
+ * family that it has no diagnostics for. */
+static void without_diagnostics_nothing_is_known(void **state) {
+    (void)state;
+    struct sock_address address;
+    int fd = open_listener("127.0.0.1", &address);
+    address.storage.ss_family = AF_X25;
+    assert_int_equal(owner(&address, getpid()), LISTENER_UNKNOWN);
+    assert_true(listener_has_connections(&address));
+    close(fd);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(nobody_is_there),
         cmocka_unit_test(its_own_and_its_childrens_are_the_familys),
         cmocka_unit_test(others_are_told_apart),
         cmocka_unit_test(a_grandchilds_is_the_familys),
+        cmocka_unit_test(another_users_are_not_taken_for_others),
         cmocka_unit_test(connections_are_seen),
+        cmocka_unit_test(without_diagnostics_nothing_is_known),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
