@@ -279,7 +279,7 @@ static int make_parts(struct mesh *mesh) {
     if (code == MESHX_OK) {
         code = loop_timer_new(mesh->loop, on_finish, mesh, &mesh->finish);
     }
-    if (code == MESHX_OK && config->sidecar_command != NULL) {
+    if (code == MESHX_OK && config->sidecar_command != NULL && !config->control_node) {
         struct sidecar_config sidecar = {.guard_path = config->guard_path,
                                          .command = config->sidecar_command,
                                          .environment =
@@ -327,6 +327,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->open);
     loop_timer_free(mesh->finish);
     sidecar_free(mesh->sidecar);
+    mesh_control_node_fini(mesh);
 
     mesh->state = MESHX_STATE_STOPPED;
     pthread_mutex_lock(&handle->lock);

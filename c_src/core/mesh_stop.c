@@ -17,7 +17,8 @@ static void finish_soon(struct mesh *mesh) {
 void mesh_drain(struct mesh *mesh) {
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_stop(mesh); /* nobody could have found us yet */
-    } else if (mesh->state == MESHX_STATE_READY && !mesh->draining) {
+    } else if (mesh->state == MESHX_STATE_READY && !mesh->draining &&
+               !mesh->config.values.control_node) {
         mesh->draining = true;
         mesh_check_set(&mesh->vm_check, CONSUL_FAIL, "the node is stopping");
         mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, "the node is stopping");

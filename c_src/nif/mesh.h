@@ -6,7 +6,7 @@
  *
  *   ready     []
  *   failed    {Code, Text}                                  start failed, undone
- *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
+ *   upstream  {Request, {ok, {sidecar | direct, Address, Port}} | {error, {Code, Text}}}
  *   info      {Request, {ok, Map} | {error, {Code, Text}}}
  *   output    {stdout | stderr, Line}                       not all of a flood
  *   log       {info | notice | warning | error, Text}
