@@ -221,11 +221,19 @@ do_setup(Kernel, Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
             dist_util:handshake_we_started(HSData#hs_data{
                 other_node = Node,
                 other_version = ?ERL_DIST_VER_HIGH,
-                request_type = Type
+                request_type = request_type(Type)
             });
         {error, {Reason, Text}} ->
             ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
             ?shutdown2(Node, Reason)
+    end.
+
+%% Others can't dial a remote shell, as its links would otherwise make them do. Nodes without a
+%% listener are hidden by net_kernel.
+request_type(Type) ->
+    case is_remote_shell() of
+        true -> hidden;
+        false -> Type
     end.
 
 %% Of a control node this may be the first that is heard: without a listener (-dist_listen false,
