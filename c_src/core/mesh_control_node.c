@@ -244,26 +244,25 @@ static int check_proxy(const struct mesh_request *request,
     return MESHX_OK;
 }
 
-static int add_proxy(struct mesh_request *request, struct mesh_proxy **out,
-                     struct meshx_failure *failure) {
+/* NULL: |failure| says why. */
+static struct mesh_proxy *add_proxy(struct mesh_request *request,
+                                    struct meshx_failure *failure) {
     struct mesh *mesh = request->mesh;
     const struct meshx_port_range range = mesh->config.values.upstream_ports;
     char upstream[512];
-    int code = check_proxy(request, failure);
-    if (code != MESHX_OK) {
-        return code;
+    if (check_proxy(request, failure) != MESHX_OK) {
+        return NULL;
     }
     struct mesh_proxy *proxy = calloc(1, sizeof *proxy);
     if (proxy == NULL) {
         goto no_memory;
     }
     proxy->mesh = mesh;
-    int error = sock_find_port("127.0.0.1", range, port_taken, mesh, &proxy->port);
-    if (error != 0) {
-        free_proxy(proxy);
-        return error_set(failure, MESHX_ENO_PORT,
-                         "no port in upstream_ports %u..%u is free for the way to %s",
-                         range.first, range.last, request->node);
+    if (sock_find_port("127.0.0.1", range, port_taken, mesh, &proxy->port) != 0) {
+        error_set(failure, MESHX_ENO_PORT,
+                  "no port in upstream_ports %u..%u is free for the way to %s",
+                  range.first, range.last, request->node);
+        goto fail;
     }
     snprintf(upstream, sizeof upstream, "%s:127.0.0.1:%u", request->service_name,
              proxy->port);
@@ -274,21 +273,24 @@ static int add_proxy(struct mesh_request *request, struct mesh_proxy **out,
     proxy->next = mesh->proxies;
     mesh->proxies = proxy;
     sidecar_start(proxy->sidecar);
-    *out = proxy;
-    return MESHX_OK;
+    return proxy;
 
 no_memory:
+    error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s", request->node);
+fail:
     if (proxy != NULL) {
         free_proxy(proxy);
     }
-    return error_set(failure, MESHX_ENOMEM, "out of memory for the way to %s",
-                     request->node);
+    return NULL;
 }
 
 void mesh_control_node_dial(struct mesh_request *request) {
     struct meshx_failure failure;
     struct mesh_proxy *proxy = find_proxy(request->mesh, request->service_name);
-    if (proxy == NULL && add_proxy(request, &proxy, &failure) != MESHX_OK) {
+    if (proxy == NULL) {
+        proxy = add_proxy(request, &failure);
+    }
+    if (proxy == NULL) {
         fail(request, &failure);
     } else if (proxy->accepts) {
         struct mesh_way way = {.address = "127.0.0.1", .port = proxy->port};

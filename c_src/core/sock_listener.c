@@ -52,10 +52,10 @@ static int look_into(const char *path, const char *wanted, uint16_t port, bool *
         unsigned line_port;
         unsigned state;
         unsigned owner;
+        // NOLINTNEXTLINE(cert-err34-c): the kernel's numbers fit
         if (sscanf(line, " %*u: %32[0-9A-F]:%4x %*s %2x %*s %*s %*s %u", address,
-                   &line_port, &state, &owner) != 4 || // NOLINT(cert-err34-c)
-            state != LISTENING ||
-            line_port != port ||
+                   &line_port, &state, &owner) != 4 ||
+            state != LISTENING || line_port != port ||
             (strcmp(address, wanted) != 0 && !is_wildcard(address))) {
             continue;
         }
