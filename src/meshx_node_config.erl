@@ -47,7 +47,8 @@
     request_timeout := milliseconds(),
     stop_timeout := milliseconds(),
     upstream_keep := milliseconds(),
-    force_registration := boolean()
+    force_registration := boolean(),
+    control_node => true
 }.
 
 -type origin() ::

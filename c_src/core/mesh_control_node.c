@@ -147,8 +147,9 @@ static void on_started(int64_t pid, void *context) {
     struct meshx_failure failure;
     (void)pid;
     proxy->mesh->sidecar_starts++;
-    if (probe_start(proxy->mesh->loop, "127.0.0.1", proxy->port, PROBE_INTERVAL,
-                    PROXY_TIME, on_probed, proxy, &proxy->probe) != MESHX_OK) {
+    if (probe_start(proxy->mesh->loop, PROBE_CONNECT, "127.0.0.1", proxy->port,
+                    PROBE_INTERVAL, PROXY_TIME, on_probed, proxy,
+                    &proxy->probe) != MESHX_OK) {
         proxy->probe = NULL;
         error_set(&failure, MESHX_ENOMEM, "out of memory for the way to service %s",
                   proxy->service_name);
