@@ -133,6 +133,15 @@ struct meshx_config {
     bool force_registration;   /* register even if another live node holds the name */
     bool
         dial_direction_only; /* intentions count in the direction of the dial, not both */
+
+    /*
+     * A control node (remote shell, command of a release) has no listener that others
+     * could look for: nothing is registered, listen_port is 0, and READY follows at once.
+     * It only asks for the way to others. sidecar_command is then that of an unregistered
+     * proxy without its last word, which is the upstream ("consul connect proxy -service
+     * x -upstream"); NULL: there is none.
+     */
+    bool control_node;
 };
 
 enum meshx_event_type {
@@ -200,7 +209,9 @@ struct meshx_event {
     enum meshx_event_type type;
     uint64_t request;
     const struct meshx_failure *failure; /* NULL: success */
-    uint16_t port;                       /* UPSTREAM: local port of the sidecar to dial */
+    const char *address;                 /* UPSTREAM: numeric, where to dial */
+    uint16_t port;                       /* UPSTREAM: the same */
+    bool direct; /* UPSTREAM: it is the node's own listener, there is no proxy */
     const struct meshx_info *info;
     enum meshx_stream stream;
     enum meshx_level level;
@@ -241,8 +252,10 @@ enum meshx_upstream_mode {
 };
 
 /*
- * Asks for the local port at which the sidecar forwards to |node|, whose service Name is
- * |service_name|. An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
+ * Asks where to dial |node|, whose service Name is |service_name|: at the local port at
+ * which the sidecar forwards to it. A control node gets the listener itself if that is on
+ * this host and of this user, else the port of a proxy that is started for it.
+ * An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
  * when the node service stops first). The port of an upstream never changes while the
  * sidecar process lives, once that listens there. Returns MESHX_OK, or MESHX_ENOMEM or
  * MESHX_ESTOPPED (STOPPED was sent, or the loop is stopping) and makes no event.

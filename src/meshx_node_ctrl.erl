@@ -184,6 +184,8 @@ refused(Upstream) ->
 %% For people: a wrong address in the configuration is found by it.
 name({sidecar, Ip, Port}) ->
     io_lib:format("our sidecar's upstream ~ts", [place(Ip, Port)]);
+name({direct, Ip, Port}) ->
+    io_lib:format("its listener ~ts", [place(Ip, Port)]);
 name({static, Ip, Port}) ->
     io_lib:format("the upstream ~ts given by `upstreams`", [place(Ip, Port)]).
 
@@ -375,9 +377,9 @@ explain_status(_, _) ->
 
 %% A static address may be that of another node, which dist_util gives up without a word.
 explain_challenge(
-    #handshake{node = Node, upstream = {static, _, _} = Upstream, received = 1},
+    #handshake{node = Node, upstream = {Kind, _, _} = Upstream, received = 1},
     <<$N, _Flags:64, _Challenge:32, _Creation:32, Size:16, Name:Size/binary, _/binary>>
-) ->
+) when Kind =/= sidecar ->
     atom_to_binary(Node) =:= Name orelse
         ?LOG_WARNING("meshx_node: no link to ~ts: ~ts leads to ~ts", [Node, name(Upstream), Name]);
 explain_challenge(_, _) ->
@@ -393,8 +395,8 @@ explain_end(#handshake{node = Node, received = 2} = S) when Node =/= undefined -
 explain_end(_) ->
     ok.
 
-static_or(_, #handshake{upstream = {static, _, _} = Upstream}) -> name(Upstream);
-static_or(Other, _) -> Other.
+static_or(Other, #handshake{upstream = {sidecar, _, _}}) -> Other;
+static_or(_, #handshake{upstream = Upstream}) -> name(Upstream).
 
 %% One packet of the handshake.
 read_packet(Link, Timeout) ->

@@ -7,8 +7,8 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, drain/0, upstream/2, accepts/1, link_up/4, info/0, service_name/1]).
--export([allowed_uids/0]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, accepts/1]).
+-export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([upstream/0]).
 
@@ -32,9 +32,9 @@
 %% other side, which has net_setuptime, waits for us.
 -define(ACCEPT_TIME, 2000).
 
-%% Where a node is dialled: at an upstream of our sidecar, or at the static address the key
-%% `upstreams' gives.
--type upstream() :: {sidecar | static, inet:ip_address(), inet:port_number()}.
+%% Where a node is dialled: at an upstream of our sidecar, at the static address the key `upstreams'
+%% gives, or, by a control node on the same host, directly at its listener.
+-type upstream() :: {sidecar | static | direct, inet:ip_address(), inet:port_number()}.
 
 -record(link, {
     %% number of this link for the C side
@@ -79,6 +79,18 @@ start_service(Node, Ip, Port) ->
         stopping ->
             timer:sleep(?FORMER_TIME),
             start_service(Node, Ip, Port);
+        Result ->
+            Result
+    end.
+
+%% Lets Node, which has no listener, dial others; nothing is registered. Nothing to do if this VM
+%% is a node service or a control node already.
+-spec start_control_node(node()) -> ok | {error, meshx_node_nif:failure()}.
+start_control_node(Node) ->
+    case call({start_control_node, Node}) of
+        stopping ->
+            timer:sleep(?FORMER_TIME),
+            start_control_node(Node);
         Result ->
             Result
     end.
@@ -151,8 +163,8 @@ call(Request) ->
 
 not_started() ->
     Text =
-        "this node has no node service: it is not started with -proto_dist meshx_node, or it has no "
-        "name of its own (-remsh without -name, -sname undefined), which is not supported",
+        "this node has no node service: it is not started with -proto_dist meshx_node, or it is a "
+        "control node (-remsh, -dist_listen false, -sname undefined) that has not dialed anybody yet",
     {error, {stopped, list_to_binary(Text)}}.
 
 text(Format, Arguments) ->
@@ -168,17 +180,20 @@ init([]) ->
 -spec handle_call(term(), gen_server:from(), #state{}) ->
     {reply, term(), #state{}} | {noreply, #state{}}.
 handle_call({start_service, Node, Ip, Port}, From, #state{mesh = undefined} = S) ->
-    case open(Node, Ip, Port) of
-        {ok, Mesh, Tag, Config, Warnings} ->
-            %% What was read may hold secrets; here, it would be in a crash dump.
-            true = erlang:garbage_collect(),
-            Opened = S#state{mesh = Mesh, tag = Tag, config = Config, starter = From},
-            {noreply, lists:foldl(fun warn/2, Opened, Warnings)};
-        NotOpened ->
-            {reply, NotOpened, S}
-    end;
+    Listener = #{listen_address => list_to_binary(inet:ntoa(Ip)), listen_port => Port},
+    open(meshx_node_config:load(Node), Listener, From, S);
 handle_call({start_service, Node, _, _}, _From, S) ->
     {reply, {error, {name_in_use, text("~ts: this VM already is a node service", [Node])}}, S};
+handle_call({start_control_node, Node}, From, #state{mesh = undefined} = S) ->
+    case meshx_node_nif:load() of
+        ok ->
+            Listener = #{listen_address => <<"127.0.0.1">>, listen_port => 0},
+            open(meshx_node_config:load_control_node(Node), Listener, From, S);
+        {error, Failure} ->
+            {reply, {error, Failure}, S}
+    end;
+handle_call({start_control_node, _}, _From, #state{mesh = Mesh} = S) when Mesh =/= undefined ->
+    {reply, ok, S};
 handle_call(_Request, _From, #state{mesh = undefined} = S) ->
     {reply, not_started(), S};
 handle_call(drain, From, #state{mesh = Mesh} = S) ->
@@ -265,44 +280,45 @@ await_stopped(Tag, S, Deadline) ->
 
 %% ---- start and requests ----
 
-open(Node, Ip, Port) ->
-    case meshx_node_config:load(Node) of
-        {ok, Config} ->
-            Tag = make_ref(),
-            Full = Config#{
-                listen_address => list_to_binary(inet:ntoa(Ip)),
-                listen_port => Port
-            },
-            case meshx_node_nif:mesh_open(Full, Tag) of
-                {ok, Mesh} ->
-                    Kept = maps:with(
-                        [
-                            node,
-                            naming,
-                            ttl,
-                            sidecar_stdout,
-                            sidecar_stderr,
-                            upstreams,
-                            allowed_uids,
-                            consul_names
-                        ],
-                        Full
-                    ),
-                    renew_later(#state{tag = Tag, config = Kept}),
-                    {ok, Mesh, Tag, Kept, meshx_node_config:open_files(Config)};
-                stopping ->
-                    stopping;
-                {error, Failure} ->
-                    {error, named(Failure, Config)}
-            end;
+%% Answers From when the node service is up, or can't be.
+open({ok, Loaded}, Listener, From, S) ->
+    Config = maps:merge(Loaded, Listener),
+    Tag = make_ref(),
+    case meshx_node_nif:mesh_open(Config, Tag) of
+        {ok, Mesh} ->
+            Kept = maps:with(
+                [
+                    node,
+                    naming,
+                    ttl,
+                    sidecar_stdout,
+                    sidecar_stderr,
+                    upstreams,
+                    allowed_uids,
+                    consul_names,
+                    control_node
+                ],
+                Config
+            ),
+            renew_later(Opened = S#state{mesh = Mesh, tag = Tag, config = Kept, starter = From}),
+            Warned = lists:foldl(fun warn/2, Opened, meshx_node_config:open_files(Config)),
+            %% What was read may hold secrets; here, it would be in a crash dump.
+            true = erlang:garbage_collect(),
+            {noreply, Warned};
+        stopping ->
+            {reply, stopping, S};
         {error, Failure} ->
-            {error, Failure}
-    end.
+            {reply, {error, named(Failure, Config)}, S}
+    end;
+open({error, Failure}, _Listener, _From, S) ->
+    {reply, {error, Failure}, S}.
 
 %% A failure of the C side.
 named({Code, Text}, Config) ->
     {Code, meshx_node_config:name_keys(Text, Config)}.
 
+renew_later(#state{config = #{control_node := true}}) ->
+    ok;
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
 
@@ -352,8 +368,9 @@ event(failed, Failure, #state{starter = Starter} = S) ->
     Released = release(S),
     gen_server:reply(Starter, {error, named(Failure, S#state.config)}),
     Released#state{starter = undefined};
-event(upstream, {Request, {ok, Port}}, S) ->
-    answer(Request, {ok, {sidecar, {127, 0, 0, 1}, Port}}, S);
+event(upstream, {Request, {ok, {Kind, Address, Port}}}, S) ->
+    {ok, Ip} = inet:parse_strict_address(binary_to_list(Address)),
+    answer(Request, {ok, {Kind, Ip, Port}}, S);
 event(upstream, {Request, {error, Failure}}, #state{config = Config} = S) ->
     answer(Request, {error, named(Failure, Config)}, S);
 event(link_denied, {Id, {_, Text}}, S) ->
@@ -386,6 +403,8 @@ event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->
         end,
     case maps:get(Key, Config) of
         off -> S;
+        %% A person sits at a remote shell, who has not asked for a proxy.
+        _ when is_map_key(control_node, Config), Stream =:= stdout -> S;
         Level -> log(Level, "[~ts][~ts]: ~ts", [Node, Stream, Line], S)
     end;
 event(log, {Level, Text}, #state{config = Config} = S) ->

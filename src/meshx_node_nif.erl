@@ -36,7 +36,7 @@
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
--define(ABI_VERSION, 2).
+-define(ABI_VERSION, 3).
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().

@@ -323,7 +323,7 @@ static int make_parts(struct mesh *mesh) {
     if (code == MESHX_OK) {
         code = mesh_watch_init(mesh);
     }
-    if (code == MESHX_OK && config->sidecar_command != NULL) {
+    if (code == MESHX_OK && config->sidecar_command != NULL && !config->control_node) {
         struct sidecar_config sidecar = {.guard_path = config->guard_path,
                                          .command = config->sidecar_command,
                                          .environment =
@@ -373,6 +373,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->finish);
     mesh_watch_end(mesh);
     sidecar_free(mesh->sidecar);
+    mesh_control_node_fini(mesh);
 
     mesh->state = MESHX_STATE_STOPPED;
     pthread_mutex_lock(&handle->lock);

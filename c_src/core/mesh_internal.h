@@ -21,6 +21,7 @@
  * mesh_departure.c     upstreams of nodes that are gone
  * mesh_watch.c         blocking queries: what Consul says changes
  * mesh_link.c          linked nodes: are they still allowed, are they healthy?
+ * mesh_control_node.c  a control node's way to others, without a service of its own
  * mesh_stop.c          drain, stop
  */
 #ifndef MESHX_CORE_MESH_INTERNAL_H
@@ -36,6 +37,14 @@
 #include <stdatomic.h>
 
 struct mesh;
+struct mesh_proxy;
+
+/* Where a node is dialed. */
+struct mesh_way {
+    const char *address;
+    uint16_t port;
+    bool direct;
+};
 
 /* What a caller asks; becomes exactly one UPSTREAM or INFO event, or none for a link. */
 enum mesh_request_kind {
@@ -62,6 +71,7 @@ struct mesh_request {
     uint64_t revision;            /* waits until this one is applied; 0: does not */
     uint64_t open_by;             /* waits for the listener till then; 0: does not */
     unsigned moves;               /* of its upstream, to ports nobody else has */
+    struct mesh_proxy *proxy;     /* waits until this one accepts; NULL: does not */
     struct meshx_failure found;   /* what the lookup of instances says */
     struct meshx_failure allowed; /* what the lookups of intentions say */
 };
@@ -251,6 +261,7 @@ struct mesh {
     uint64_t gather_by;            /* for so long */
     char *swept;                   /* the service whose instances are asked for; NULL */
     size_t sweep_next;             /* whose turn it is then */
+    struct mesh_proxy *proxies;    /* of a control node */
 
     struct mesh_query queries[MESH_QUERY_COUNT];
     struct document_intentions intentions; /* as last answered */
@@ -350,6 +361,24 @@ bool mesh_upstream_port_used(void *mesh, uint16_t port);
 void mesh_upstream_stop(struct mesh *mesh);
 /* Frees requests and upstreams; the agent's answers can't come any more. */
 void mesh_upstream_fini(struct mesh *mesh);
+/* Asks the agent whether the node is there and may be dialed, and goes on with that. */
+void mesh_upstream_look_up(struct mesh_request *request);
+/* One of |request|'s lookups has been answered. */
+void mesh_upstream_looked_up(struct mesh_request *request);
+/* Answers with the |failure|, or where to dial. |request| may be freed by this. */
+void mesh_upstream_answer(struct mesh_request *request,
+                          const struct meshx_failure *failure,
+                          const struct mesh_way *way);
+
+/* mesh_control_node.c */
+/* READY, with nothing registered. */
+void mesh_control_node_start(struct mesh *mesh);
+/* Is the node on this host and of this user? Else goes on with mesh_upstream_look_up().
+ */
+void mesh_control_node_find(struct mesh_request *request);
+/* The node is elsewhere, there and may be dialed: through a proxy. */
+void mesh_control_node_dial(struct mesh_request *request);
+void mesh_control_node_fini(struct mesh *mesh);
 
 /* mesh_departure.c */
 /* Asks the agent about the node of one upstream; which one, changes from call to call. */

@@ -49,15 +49,18 @@ static void unlink_request(struct mesh *mesh, struct mesh_request *request) {
     *place = request->next;
 }
 
-/* |request| may be freed by this. */
-static void answer(struct mesh_request *request, const struct meshx_failure *failure,
-                   uint16_t port) {
+void mesh_upstream_answer(struct mesh_request *request,
+                          const struct meshx_failure *failure,
+                          const struct mesh_way *way) {
     struct mesh *mesh = request->mesh;
     struct meshx_event event = {.type = MESHX_EVENT_UPSTREAM,
                                 .request = request->id,
                                 .failure = failure,
-                                .port = port};
+                                .address = way->address,
+                                .port = way->port,
+                                .direct = way->direct};
     request->answered = true;
+    request->proxy = NULL;
     if (failure != NULL && failure->code != MESHX_ESTOPPED) {
         mesh_note_failure(mesh, failure);
     }
@@ -66,6 +69,13 @@ static void answer(struct mesh_request *request, const struct meshx_failure *fai
         unlink_request(mesh, request);
         mesh_request_free(request);
     }
+}
+
+/* The same, with a local port of the sidecar. */
+static void answer(struct mesh_request *request, const struct meshx_failure *failure,
+                   uint16_t port) {
+    struct mesh_way way = {.address = "127.0.0.1", .port = port};
+    mesh_upstream_answer(request, failure, &way);
 }
 
 static void answer_out_of_memory(struct mesh_request *request) {
@@ -478,12 +488,14 @@ static void judge(struct mesh_request *request) {
         answer(request, allowed, 0);
     } else if (request->kind != MESH_REQUEST_DIAL) {
         answer(request, NULL, 0);
+    } else if (mesh->config.values.control_node) {
+        mesh_control_node_dial(request);
     } else {
         dial(request);
     }
 }
 
-static void lookup_answered(struct mesh_request *request) {
+void mesh_upstream_looked_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     request->lookups--;
     if (request->lookups == 0) {
@@ -539,7 +551,7 @@ static void on_instances(const struct meshx_failure *failure,
     } else {
         judge_instances(request, instances);
     }
-    lookup_answered(request);
+    mesh_upstream_looked_up(request);
 }
 
 bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
@@ -571,7 +583,7 @@ static void allowed_answered(struct mesh_request *request,
         !lets_in && request->allowed.code != MESHX_EDENIED) {
         request->allowed = found;
     }
-    lookup_answered(request);
+    mesh_upstream_looked_up(request);
 }
 
 static void on_allowed(const struct meshx_failure *failure, bool allowed,
@@ -611,13 +623,9 @@ static int ask_intentions(struct mesh_request *request) {
     return MESHX_OK;
 }
 
-static void look_up(struct mesh_request *request) {
+void mesh_upstream_look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     if (request->kind != MESH_REQUEST_ACCEPT) {
-        if (!mesh->sidecar_accepts) {
-            answer_sidecar_down(request);
-            return;
-        }
         if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
                              on_instances, request) != MESHX_OK) {
             answer_out_of_memory(request);
@@ -627,6 +635,19 @@ static void look_up(struct mesh_request *request) {
     }
     if (ask_intentions(request) != MESHX_OK) {
         answer_out_of_memory(request);
+    }
+}
+
+static void look_up(struct mesh_request *request) {
+    struct mesh *mesh = request->mesh;
+    if (request->kind == MESH_REQUEST_ACCEPT) {
+        mesh_upstream_look_up(request);
+    } else if (mesh->config.values.control_node) {
+        mesh_control_node_find(request);
+    } else if (!mesh->sidecar_accepts) {
+        answer_sidecar_down(request);
+    } else {
+        mesh_upstream_look_up(request);
     }
 }
 

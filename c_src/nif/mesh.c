@@ -202,7 +202,10 @@ static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
     case MESHX_EVENT_DRAINED:
         return enif_make_list(env, 0);
     case MESHX_EVENT_UPSTREAM:
-        return make_answer(env, event, enif_make_uint(env, event->port));
+        return make_answer(env, event,
+                           enif_make_tuple3(env, event->direct ? am_direct : am_sidecar,
+                                            terms_text(env, event->address),
+                                            enif_make_uint(env, event->port)));
     case MESHX_EVENT_INFO:
         return make_answer(
             env, event, event->info != NULL ? make_info(env, event->info) : am_undefined);
@@ -496,6 +499,8 @@ static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *deco
         return false;
     }
     config->dial_direction_only = enif_is_identical(value, am_dial);
+    config->control_node = enif_get_map_value(env, map, am_control_node, &value) &&
+                           enif_is_identical(value, am_true);
     return true;
 }
 

@@ -12,7 +12,7 @@
 /* Changes with the arguments of any NIF, so that a stale .so beside a newer .beam (or the
  * other way round) fails to load instead of misbehaving. In step with meshx_node_nif.erl.
  */
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* How long unload lets node services stop in order; it blocks a scheduler meanwhile. */
 #define UNLOAD_GRACE_MS 500

@@ -90,6 +90,7 @@ static void on_event(const struct meshx_event *event, void *context) {
         record->request = event->request;
         record->code = event->failure != NULL ? event->failure->code : MESHX_OK;
         record->port = event->port;
+        record->direct = event->direct;
         record->level = event->level;
         snprintf(record->text, sizeof record->text, "%s", text != NULL ? text : "");
         if (event->info != NULL) {
