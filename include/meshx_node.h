@@ -131,8 +131,7 @@ struct meshx_config {
     uint32_t stop_timeout;     /* from TERM to KILL of the sidecar */
     uint32_t upstream_keep;    /* after its node was last seen in the catalog */
     bool force_registration;   /* register even if another live node holds the name */
-    bool
-        dial_direction_only; /* intentions count in the direction of the dial, not both */
+    bool dial_direction_only;  /* intentions count in that of the dial, not in both */
 
     /*
      * A control node (remote shell, command of a release) has no listener that others
@@ -243,12 +242,10 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
                     struct meshx_failure *failure);
 
 /* What to find out: whether our sidecar accepts, the node exists, is healthy, and
- * allowed. Of a node that has dialed us only whether intentions allow the link; one that
- * can't be asked about is. */
+ * allowed. */
 enum meshx_upstream_mode {
-    MESHX_UPSTREAM_DIAL,   /* and then make sure that the sidecar has an upstream */
-    MESHX_UPSTREAM_ASK,    /* no more than that */
-    MESHX_UPSTREAM_ACCEPT, /* port is 0 */
+    MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
+    MESHX_UPSTREAM_ASK,  /* no more than that */
 };
 
 /*
@@ -262,6 +259,16 @@ enum meshx_upstream_mode {
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
                         const char *service_name, enum meshx_upstream_mode mode);
+
+/*
+ * Asks only whether intentions allow a link to |node|, which has dialed us; if they can't
+ * be asked, they do. |socket| is the inode of the connection's other end, which a process
+ * of our own user has; 0: another user's, or not known. Intentions are not for those who
+ * have surely not come through our sidecar: then |direct| is true in the UPSTREAM event
+ * that answers, whose port is 0. Returns as above.
+ */
+int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *node,
+                      const char *service_name, uint32_t socket);
 
 /*
  * |node|, whose service Name is |service_name|, is linked with ours from now on, until

@@ -30,6 +30,9 @@
 %% puts up to 12 before the host of a node that asks for a name.
 -define(NAME_SIZE_MAX, 240).
 
+%% The flag of a node that has no name and asks for one.
+-define(NAME_ME, (1 bsl 33)).
+
 %% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
 -define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
 
@@ -40,6 +43,7 @@
     acceptor :: pid() | undefined,
     %% undefined: we were dialled
     node :: node() | undefined,
+    how = dialed :: meshx_node_mesh:how(),
     %% where we have dialled it
     upstream :: meshx_node_mesh:upstream() | undefined,
     %% when to stop dialling again
@@ -221,16 +225,16 @@ init_accepted(Kernel, Link) ->
             Size =< ?NAME_SIZE_MAX
         ->
             meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
-            check_intentions(Link, Name),
+            How = check_intentions(Link, Name, Flags),
             process_flag(priority, max),
-            accepted(Kernel, Link, Acceptor, First);
+            accepted(Kernel, Link, Acceptor, First, How);
         {error, Reason} when Reason =/= bad_frame ->
             ok;
         _ ->
             exit({no_handshake, peer_of(Link)})
     end.
 
-accepted(Kernel, Link, Acceptor, First) ->
+accepted(Kernel, Link, Acceptor, First, How) ->
     {ok, {Ip, _}} = meshx_node_nif:address(Link, local),
     Family =
         case tuple_size(Ip) of
@@ -245,7 +249,7 @@ accepted(Kernel, Link, Acceptor, First) ->
             link(Supervisor),
             Supervisor ! {self(), controller},
             handshake(#handshake{
-                link = Link, supervisor = Supervisor, acceptor = Acceptor, first = First
+                link = Link, supervisor = Supervisor, acceptor = Acceptor, first = First, how = How
             });
         {Kernel, unsupported_protocol} ->
             exit(unsupported_protocol);
@@ -255,25 +259,28 @@ accepted(Kernel, Link, Acceptor, First) ->
 
 %% Does an intention forbid the link? If so, the other side is told in dist_util's words, so that
 %% it doesn't dial again and again.
-check_intentions(Link, Name) ->
-    case accepts(Name) of
-        ok ->
-            ok;
+check_intentions(Link, Name, Flags) ->
+    User = service_user(Name, Flags),
+    %% What is no name dist_util deals with.
+    case meshx_node_dist:is_node_name(User) andalso meshx_node_mesh:accepts(User, Link) of
+        direct ->
+            direct;
         {error, {_, Text}} ->
             _ = write_packet(Link, "snot_allowed"),
-            exit({not_allowed, Name, Text})
+            exit({not_allowed, Name, Text});
+        _ ->
+            {accepted, User}
     end.
 
-%% What is no name dist_util deals with.
-accepts(Name) ->
-    try binary_to_atom(Name) of
-        Node ->
-            case meshx_node_dist:is_node_name(Node) of
-                true -> meshx_node_mesh:accepts(Node);
-                false -> ok
-            end
+%% The node by whose name the other side calls itself a service. One that asks for a name sends only
+%% its host, and uses the name it has until it gets one.
+service_user(Host, Flags) when Flags band ?NAME_ME =/= 0 ->
+    service_user(<<"undefined@", Host/binary>>, 0);
+service_user(Name, _Flags) ->
+    try
+        binary_to_atom(Name)
     catch
-        error:_ -> ok
+        error:_ -> nonode@nohost
     end.
 
 %% ---- handshake ----
@@ -299,15 +306,12 @@ handshake(#handshake{link = Link} = S) ->
             From ! {Ref, Link},
             S#handshake.acceptor =:= undefined orelse
                 meshx_node_acceptor:linked(S#handshake.acceptor),
-            meshx_node_mesh:link_up(Node, self(), Link, how(S)),
+            meshx_node_mesh:link_up(Node, self(), Link, S#handshake.how),
             meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->
             %% Of a link that was given up, or a wait that timed out.
             handshake(S)
     end.
-
-how(#handshake{node = undefined}) -> accepted;
-how(_) -> dialed.
 
 peer_of(Link) ->
     case meshx_node_nif:address(Link, peer) of

@@ -7,10 +7,10 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, accepts/1]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, accepts/2]).
 -export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
--export_type([upstream/0]).
+-export_type([upstream/0, how/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -35,6 +35,9 @@
 %% Where a node is dialled: at an upstream of our sidecar, at the static address the key `upstreams'
 %% gives, or, by a control node on the same host, directly at its listener.
 -type upstream() :: {sidecar | static | direct, inet:ip_address(), inet:port_number()}.
+
+%% How a link was made; one that was accepted, with the node whose service the other side uses.
+-type how() :: dialed | {accepted, node()} | direct.
 
 -record(link, {
     %% number of this link for the C side
@@ -117,10 +120,13 @@ upstream(Node, Mode) ->
     end.
 
 %% Whether intentions allow a link to Node, which has dialled us. Where they can't be asked (in
-%% time) they do: its sidecar and ours have let it through.
--spec accepts(node()) -> ok | {error, meshx_node_nif:failure()}.
-accepts(Node) ->
-    try gen_server:call(?MODULE, {upstream, Node, accept}, ?ACCEPT_TIME) of
+%% time) they do: its sidecar and ours have let it through. `direct': a process of our own user that
+%% is not our sidecar has dialled, a control node on this host; they don't concern it.
+-spec accepts(node(), meshx_node_nif:socket()) -> ok | direct | {error, meshx_node_nif:failure()}.
+accepts(Node, Link) ->
+    Mode = {accept, meshx_node_nif:peer_socket(Link)},
+    try gen_server:call(?MODULE, {upstream, Node, Mode}, ?ACCEPT_TIME) of
+        {ok, {direct, _, _}} -> direct;
         {error, {denied_by_intention, _} = Failure} -> {error, Failure};
         _ -> ok
     catch
@@ -129,7 +135,7 @@ accepts(Node) ->
 
 %% Called by a link's controller: the link is listed in info/0 while the controller lives, which
 %% is ended when intentions no longer allow the link.
--spec link_up(node(), pid(), meshx_node_nif:socket(), dialed | accepted) -> ok.
+-spec link_up(node(), pid(), meshx_node_nif:socket(), how()) -> ok.
 link_up(Node, Controller, Link, How) ->
     gen_server:cast(?MODULE, {link_up, Node, Controller, Link, How}).
 
@@ -215,9 +221,7 @@ handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
         error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
     end.
 
--spec handle_cast(
-    {link_up, node(), pid(), meshx_node_nif:socket(), dialed | accepted}, #state{}
-) ->
+-spec handle_cast({link_up, node(), pid(), meshx_node_nif:socket(), how()}, #state{}) ->
     {noreply, #state{}}.
 handle_cast({link_up, Node, Controller, Socket, How}, #state{links = Links, next = Id} = S) ->
     Link = #link{id = Id, node = Node, controller = Controller, socket = Socket},
@@ -322,19 +326,30 @@ renew_later(#state{config = #{control_node := true}}) ->
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
 
-%% What belongs to a static address isn't asked about.
+%% The node a control node is linked with watches the link.
 watch_link(_Link, _How, #state{mesh = undefined}) ->
     ok;
-watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config} = S) ->
-    ServiceName =
-        try
-            false = maps:is_key(Node, maps:get(upstreams, S#state.config)),
-            meshx_node_config:service_name(Node, Config)
-        catch
-            error:_ -> undefined
+watch_link(_Link, _How, #state{config = #{control_node := true}}) ->
+    ok;
+watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config}) ->
+    {Side, ServiceName} =
+        case How of
+            dialed -> {dialed, watched_name(Node, Config)};
+            {accepted, User} -> {accepted, watched_name(User, Config)};
+            direct -> {accepted, undefined}
         end,
-    _ = meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, How),
+    _ = meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side),
     ok.
+
+%% What belongs to a static address isn't asked about.
+watched_name(Node, #{upstreams := Static}) when is_map_key(Node, Static) ->
+    undefined;
+watched_name(Node, Config) ->
+    try
+        meshx_node_config:service_name(Node, Config)
+    catch
+        error:_ -> undefined
+    end.
 
 ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
     try meshx_node_config:service_name(Node, Config) of

@@ -212,6 +212,10 @@ enum listener_owner listener_owner(const struct sock_address *address, pid_t pro
     return owner;
 }
 
+enum listener_owner listener_descendant(uint32_t inode, pid_t process) {
+    return look_at_children(process, inode, 0);
+}
+
 bool listener_has_connections(const struct sock_address *address) {
     struct reply reply;
     const struct question question = new_question(address, NLM_F_DUMP, TCP_ESTABLISHED);

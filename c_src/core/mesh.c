@@ -462,10 +462,19 @@ int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *n
                         const char *service_name, enum meshx_upstream_mode mode) {
     static const enum mesh_request_kind kinds[] = {
         [MESHX_UPSTREAM_DIAL] = MESH_REQUEST_DIAL,
-        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK,
-        [MESHX_UPSTREAM_ACCEPT] = MESH_REQUEST_ACCEPT};
+        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK};
     return leave_request(mesh,
                          mesh_request_new(kinds[mode], request, node, service_name));
+}
+
+int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *node,
+                      const char *service_name, uint32_t socket) {
+    struct mesh_request *made =
+        mesh_request_new(MESH_REQUEST_ACCEPT, request, node, service_name);
+    if (made != NULL) {
+        made->socket = socket;
+    }
+    return leave_request(mesh, made);
 }
 
 int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,

@@ -38,12 +38,6 @@ static void fail(struct mesh_request *request, const struct meshx_failure *failu
     mesh_upstream_answer(request, failure, &(struct mesh_way){.address = "127.0.0.1"});
 }
 
-static void fail_out_of_memory(struct mesh_request *request) {
-    struct meshx_failure failure;
-    error_set(&failure, MESHX_ENOMEM, "out of memory for the way to %s", request->node);
-    fail(request, &failure);
-}
-
 void mesh_control_node_start(struct mesh *mesh) {
     struct meshx_event event = {.type = MESHX_EVENT_READY};
     mesh->state = MESHX_STATE_READY;
@@ -76,7 +70,7 @@ static void on_sidecar(const struct meshx_failure *failure,
         return;
     } else if (!request->answered) {
         request->lookups = 0;
-        mesh_upstream_look_up(request);
+        mesh_lookup(request);
         return;
     }
     mesh_upstream_looked_up(request);
@@ -88,7 +82,7 @@ void mesh_control_node_find(struct mesh_request *request) {
     request->lookups = 1;
     if (consul_service(request->mesh->consul, id, on_sidecar, request) != MESHX_OK) {
         request->lookups = 0;
-        fail_out_of_memory(request);
+        mesh_upstream_out_of_memory(request);
     }
 }
 

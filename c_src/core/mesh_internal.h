@@ -17,7 +17,8 @@
  * mesh_start.c         claim the name, register, sidecar, first passes, visible: READY
  * mesh_registration.c  desired against applied: the one writer of the registration
  * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
- * mesh_upstream.c      lookups and upstreams
+ * mesh_upstream.c      requests and upstreams
+ * mesh_lookup.c        what the agent says of a node
  * mesh_departure.c     upstreams of nodes that are gone
  * mesh_watch.c         blocking queries: what Consul says changes
  * mesh_link.c          linked nodes: are they still allowed, are they healthy?
@@ -62,7 +63,8 @@ struct mesh_request {
     uint64_t id;
     char *node;
     char *service_name;
-    bool dialed; /* LINK_UP */
+    bool dialed;     /* LINK_UP */
+    uint32_t socket; /* ACCEPT: inode of the connection's other end; 0: not known */
     /* From here on used by mesh_upstream.c, control thread only. */
     struct mesh *mesh;
     unsigned
@@ -361,19 +363,27 @@ bool mesh_upstream_port_used(void *mesh, uint16_t port);
 void mesh_upstream_stop(struct mesh *mesh);
 /* Frees requests and upstreams; the agent's answers can't come any more. */
 void mesh_upstream_fini(struct mesh *mesh);
-/* Asks the agent whether the node is there and may be dialed, and goes on with that. */
-void mesh_upstream_look_up(struct mesh_request *request);
 /* One of |request|'s lookups has been answered. */
 void mesh_upstream_looked_up(struct mesh_request *request);
 /* Answers with the |failure|, or where to dial. |request| may be freed by this. */
 void mesh_upstream_answer(struct mesh_request *request,
                           const struct meshx_failure *failure,
                           const struct mesh_way *way);
+void mesh_upstream_out_of_memory(struct mesh_request *request);
+
+/* mesh_lookup.c */
+/* Asks the agent about |request|'s node; mesh_upstream_looked_up() follows. */
+void mesh_lookup(struct mesh_request *request);
+/* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
+ * |*out| says why not. */
+bool mesh_lookup_allowed(const struct meshx_failure *failure, bool allowed,
+                         const char *source, const char *destination,
+                         struct meshx_failure *out);
 
 /* mesh_control_node.c */
 /* READY, with nothing registered. */
 void mesh_control_node_start(struct mesh *mesh);
-/* Is the node on this host and of this user? Else goes on with mesh_upstream_look_up().
+/* Is the node on this host and of this user? Else goes on with mesh_lookup().
  */
 void mesh_control_node_find(struct mesh_request *request);
 /* The node is elsewhere, there and may be dialed: through a proxy. */
@@ -383,11 +393,6 @@ void mesh_control_node_fini(struct mesh *mesh);
 /* mesh_departure.c */
 /* Asks the agent about the node of one upstream; which one, changes from call to call. */
 void mesh_departure_sweep(struct mesh *mesh);
-/* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
- * |*out| says why not. */
-bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
-                           const char *source, const char *destination,
-                           struct meshx_failure *out);
 
 /* mesh_watch.c */
 int mesh_watch_init(struct mesh *mesh);   /* on failure mesh_watch_end() is called, too */

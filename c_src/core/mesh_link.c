@@ -169,7 +169,7 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
     struct mesh *mesh = link->mesh;
     struct meshx_failure why;
     if (is_running(mesh) && !link->gone &&
-        !mesh_upstream_allowed(failure, allowed, source, destination, &why)) {
+        !mesh_lookup_allowed(failure, allowed, source, destination, &why)) {
         if (failure == NULL && !link->denied) {
             tell_denied(link, source, destination);
         } else if (failure != NULL) {

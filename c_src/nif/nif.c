@@ -93,6 +93,7 @@ static ErlNifFunc functions[] = {
     {"controlling_process", 2, nif_controlling_process, 0},
     {"address", 2, nif_address, 0},
     {"peer_uid", 1, nif_peer_uid, 0},
+    {"peer_socket", 1, nif_peer_socket, 0},
     {"close", 1, nif_close, 0},
     {"setopt", 3, nif_setopt, 0},
     {"getopt", 2, nif_getopt, 0},

@@ -11,7 +11,7 @@
 /* X(name): an atom of the same spelling, reachable as am_<name>. */
 /* clang-format off */
 #define TERMS_ATOMS(X) \
-    X(accept) X(dial) X(dialed) X(intention_directions) X(link_denied) X(link_health) \
+    X(dial) X(dialed) X(intention_directions) X(link_denied) X(link_health) \
     X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(control_node) X(deregister_after) X(direct) X(drained) \
     X(error) X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
     X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \

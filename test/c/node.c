@@ -303,6 +303,14 @@ const struct node_event *node_upstream(struct node *node, const char *other,
     return node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL);
 }
 
+const struct node_event *node_accept(struct node *node, const char *other,
+                                     const char *service_name) {
+    uint64_t request = ++node->requests;
+    assert_int_equal(meshx_mesh_accept(node->mesh, request, other, service_name, 0),
+                     MESHX_OK);
+    return node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL);
+}
+
 const struct node_event *node_stop(struct node *node) {
     meshx_mesh_stop(node->mesh);
     return node_wait(node, MESHX_EVENT_STOPPED, 0, NULL);

@@ -76,6 +76,8 @@ const struct node_event *node_info(struct node *node);
 const struct node_event *node_upstream(struct node *node, const char *other,
                                        const char *service_name,
                                        enum meshx_upstream_mode mode);
+const struct node_event *node_accept(struct node *node, const char *other,
+                                     const char *service_name);
 /* What meshx_mesh_info() returns; for a node that answers no more. */
 int node_info_refused(struct node *node);
 /* Stops it and waits for STOPPED. */
