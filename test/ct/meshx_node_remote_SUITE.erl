@@ -21,6 +21,7 @@ all() ->
         another_user_goes_through_the_mesh,
         another_user_obeys_intentions,
         another_agent,
+        intentions_are_for_the_mesh,
         a_name_that_no_proxy_can_be_told,
         a_proxy_that_dies,
         no_consul_program,
@@ -270,6 +271,31 @@ another_agent(Config) ->
     ?assertEqual(#{}, meshx_ct_agent:services(Agent)),
     meshx_ct:stop(Node),
     meshx_ct:wait("the proxy's end", fun() -> not meshx_ct_proc:is_alive(Proxy) end),
+    is_alone(Config).
+
+%% What comes through the sidecar is cut, and not let in again; who dials the listener stays, and
+%% gets in.
+intentions_are_for_the_mesh(Config) ->
+    #{node := Target, agent := Agent} = target(Config),
+    Shell = list_to_binary("undefined@" ++ meshx_ct:host()),
+    Near = vm(Config, ["-sname", "undefined"]),
+    Far = meshx_ct:vm(Config, #{
+        args => ["-sname", "undefined"], agent => proplists:get_value(elsewhere, Config)
+    }),
+    ?assert(meshx_ct:connect(Near, Target)),
+    ?assert(meshx_ct:connect(Far, Target)),
+    meshx_ct_agent:deny(Agent, atom_to_binary(Target), Shell),
+    meshx_ct_agent:deny(Agent, <<"*">>, atom_to_binary(Target)),
+    meshx_ct:wait("the end of the link through the mesh", fun() ->
+        meshx_ct:call(Far, erlang, nodes, [connected]) =:= []
+    end),
+    ?assertEqual([Target], meshx_ct:call(Near, erlang, nodes, [connected])),
+    _ = meshx_ct:failed_connect(Far, Target, "denies"),
+    Late = vm(Config, ["-sname", "undefined"]),
+    ?assert(meshx_ct:connect(Late, Target)),
+    Mute = vm(Config, ["-sname", "mute", "-dist_listen", "false"]),
+    ?assert(meshx_ct:connect(Mute, Target)),
+    [meshx_ct:stop(Node) || Node <- [Near, Far, Late, Mute]],
     is_alone(Config).
 
 a_name_that_no_proxy_can_be_told(Config) ->
