@@ -513,14 +513,13 @@ static bool is_direct(const struct mesh_request *request) {
 
 static void look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    if (request->kind == MESH_REQUEST_ACCEPT && is_direct(request)) {
+    bool accepts = request->kind == MESH_REQUEST_ACCEPT;
+    if (accepts && is_direct(request)) {
         mesh_upstream_answer(request, NULL,
                              &(struct mesh_way){.address = "127.0.0.1", .direct = true});
-    } else if (request->kind == MESH_REQUEST_ACCEPT) {
-        mesh_lookup(request);
-    } else if (mesh->config.values.control_node) {
+    } else if (!accepts && mesh->config.values.control_node) {
         mesh_control_node_find(request);
-    } else if (!mesh->sidecar_accepts) {
+    } else if (!accepts && !mesh->sidecar_accepts) {
         answer_sidecar_down(request);
     } else {
         mesh_lookup(request);
