@@ -13,8 +13,8 @@
  * accept yet.
  */
 #include "error.h"
+#include "listener.h"
 #include "mesh_internal.h"
-#include "sock_listener.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,7 +55,7 @@ static bool is_ours(const struct mesh_request *request,
            sidecar->local_address != NULL && sidecar->local_port != 0 &&
            sock_address_parse(sidecar->local_address, sidecar->local_port, &address) ==
                0 &&
-           sock_listener_owner(&address, &owner) == 0 && owner == geteuid();
+           listener_user(&address, &owner) == 0 && owner == geteuid();
 }
 
 static void on_sidecar(const struct meshx_failure *failure,

@@ -2,7 +2,6 @@
  * with poll() for the event itself. */
 #include "support.h"
 #include "sock.h"
-#include "sock_listener.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -481,68 +480,6 @@ static void search_refuses_nonsense(void **state) {
     assert_int_equal(port, 0);
 }
 
-/* ---- whose listener ---- */
-
-static void assert_owner(const char *address, uint16_t port, int expected) {
-    struct sock_address wanted;
-    uid_t owner = geteuid() + 1;
-    assert_int_equal(sock_address_parse(address, port, &wanted), 0);
-    assert_int_equal(sock_listener_owner(&wanted, &owner), expected);
-    if (expected == 0) {
-        assert_int_equal(owner, geteuid());
-    }
-}
-
-static void listeners_have_an_owner(void **state) {
-    (void)state;
-    struct sock_address address;
-    int fd = -1;
-    assert_int_equal(sock_address_parse("127.0.0.1", 0, &address), 0);
-    assert_int_equal(sock_listen(&address, &defaults, &fd), 0);
-    assert_int_equal(sock_local(fd, &address), 0);
-    uint16_t port = sock_port(&address);
-    assert_owner("127.0.0.1", port, 0);
-    assert_owner("127.0.0.2", port, -ENOENT);
-    assert_owner("::1", port, -ENOENT);
-    close(fd);
-    assert_owner("127.0.0.1", port, -ENOENT);
-}
-
-static void a_wildcard_listener_is_everywhere(void **state) {
-    (void)state;
-    struct sock_address address;
-    int fd = -1;
-    assert_int_equal(sock_address_parse("0.0.0.0", 0, &address), 0);
-    assert_int_equal(sock_listen(&address, &defaults, &fd), 0);
-    assert_int_equal(sock_local(fd, &address), 0);
-    assert_owner("127.0.0.1", sock_port(&address), 0);
-    close(fd);
-    if (has_ipv6()) {
-        assert_int_equal(sock_address_parse("::1", 0, &address), 0);
-        assert_int_equal(sock_listen(&address, &defaults, &fd), 0);
-        assert_int_equal(sock_local(fd, &address), 0);
-        assert_owner("::1", sock_port(&address), 0);
-        close(fd);
-    }
-}
-
-/* A connection is no listener, though it has the same port. */
-static void connections_are_no_listeners(void **state) {
-    (void)state;
-    struct sock_address address;
-    int listener = -1;
-    int fd = -1;
-    assert_int_equal(sock_address_parse("127.0.0.1", 0, &address), 0);
-    assert_int_equal(sock_listen(&address, &defaults, &listener), 0);
-    assert_int_equal(sock_local(listener, &address), 0);
-    (void)sock_connect(&address, NULL, &defaults, &fd);
-    assert_true(fd >= 0);
-    wait_for(fd, POLLOUT);
-    close(listener);
-    assert_owner("127.0.0.1", sock_port(&address), -ENOENT);
-    close(fd);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(addresses),
@@ -563,9 +500,6 @@ int main(void) {
         cmocka_unit_test(search_skips_a_taken_port),
         cmocka_unit_test(search_begins_anywhere),
         cmocka_unit_test(search_refuses_nonsense),
-        cmocka_unit_test(listeners_have_an_owner),
-        cmocka_unit_test(a_wildcard_listener_is_everywhere),
-        cmocka_unit_test(connections_are_no_listeners),
     };
     return cmocka_run_group_tests_name("sock", tests, NULL, NULL);
 }
