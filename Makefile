@@ -110,8 +110,8 @@ test-c-tsan-%: $(BUILD)/tsan/test/%_test $(BUILD)/tsan/meshx_guard
 	@$(RUN_C_TEST)
 test-c-%: $(BUILD)/asan/test/%_test $(BUILD)/asan/meshx_guard ## one C module's tests under ASan+UBSan (test-c-tsan-%: TSan)
 	@$(RUN_C_TEST)
-fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (10); all of its corpus first
-	@.ci/fuzz $< $(or $(SECONDS),10)
+fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (5); all of its corpus first
+	@.ci/fuzz $< $(or $(SECONDS),5)
 fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fails
 	@for target in $(FUZZ); do $(MAKE) fuzz-$$target SECONDS=$(or $(SECONDS),30) || exit 1; done
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl

@@ -476,6 +476,13 @@ static bool live_with_failure(struct meshx_loop *loop, unsigned nth, bool manage
     return failed;
 }
 
+/* Under TSan, whose subject is the threads, a life takes long: some of them will do. */
+#ifdef __SANITIZE_THREAD__
+enum { NEXT_ALLOCATION = 5 };
+#else
+enum { NEXT_ALLOCATION = 1 };
+#endif
+
 static void live_through_every_failure(struct meshx_loop *loop, bool managed) {
     unsigned count = 0;
     unsigned overdue = 0;
@@ -484,7 +491,7 @@ static void live_through_every_failure(struct meshx_loop *loop, bool managed) {
         unsigned before = overdue;
         failed = live_with_failure(loop, count + 1, managed, &overdue);
         if (overdue == before) {
-            count++;
+            count += NEXT_ALLOCATION;
         } else {
             /* A loaded machine may be that slow once; the same allocation again, for one
              * that hangs would do so again. */

@@ -235,13 +235,13 @@ without_the_right_to_read_intentions(Config) ->
     Agent = proplists:get_value(agent, Config),
     Blind = fun(Name) ->
         Node = atom_to_binary(meshx_ct:node_name(Name)),
-        {_, Secret} = token_of(Agent, [
+        {_, Token} = token_of(Agent, [
             ["service \"", Node, "\" { policy = \"write\" }\n"],
             ["service \"", Node, "-sidecar-proxy\" { policy = \"write\" }\n"],
             "service_prefix \"\" { policy = \"read\" intentions = \"deny\" }\n"
             "node_prefix \"\" { policy = \"read\" }\n"
         ]),
-        Secret
+        Token
     end,
     [One, Two] = [
         meshx_ct:start(Config, Name, #{env => [{"CONSUL_HTTP_TOKEN", Blind(Name)}]})

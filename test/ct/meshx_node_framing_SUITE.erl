@@ -186,7 +186,7 @@ flush(Link) ->
 %% frame a size and how it is cut into binaries; the sizes of the sockets' buffers; and how many
 %% bytes the peer takes at a time, in turns. Ticks are asked for while a write is pending, too.
 writes_any_frames_into_a_small_socket(_Config) ->
-    holds(output(), fun written_exactly/1, 50).
+    holds(output(), fun written_exactly/1, 25).
 
 %% Another process ticks without pause, as net_kernel may at any moment.
 writes_any_frames_beside_ticks(_Config) ->
