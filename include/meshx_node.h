@@ -131,8 +131,16 @@ struct meshx_config {
     uint32_t stop_timeout;     /* from TERM to KILL of the sidecar */
     uint32_t upstream_keep;    /* after its node was last seen in the catalog */
     bool force_registration;   /* register even if another live node holds the name */
-    bool
-        dial_direction_only; /* intentions count in the direction of the dial, not both */
+    bool dial_direction_only;  /* intentions count in that of the dial, not in both */
+
+    /*
+     * A control node (remote shell, command of a release) has no listener that others
+     * could look for: nothing is registered, listen_port is 0, and READY follows at once.
+     * It only asks for the way to others. sidecar_command is then that of an unregistered
+     * proxy without its last word, which is the upstream ("consul connect proxy -service
+     * x -upstream"); NULL: there is none.
+     */
+    bool control_node;
 };
 
 enum meshx_event_type {
@@ -200,7 +208,9 @@ struct meshx_event {
     enum meshx_event_type type;
     uint64_t request;
     const struct meshx_failure *failure; /* NULL: success */
-    uint16_t port;                       /* UPSTREAM: local port of the sidecar to dial */
+    const char *address;                 /* UPSTREAM: numeric, where to dial */
+    uint16_t port;                       /* UPSTREAM: the same */
+    bool direct; /* UPSTREAM: it is the node's own listener, there is no proxy */
     const struct meshx_info *info;
     enum meshx_stream stream;
     enum meshx_level level;
@@ -232,23 +242,33 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
                     struct meshx_failure *failure);
 
 /* What to find out: whether our sidecar accepts, the node exists, is healthy, and
- * allowed. Of a node that has dialed us only whether intentions allow the link; one that
- * can't be asked about is. */
+ * allowed. */
 enum meshx_upstream_mode {
-    MESHX_UPSTREAM_DIAL,   /* and then make sure that the sidecar has an upstream */
-    MESHX_UPSTREAM_ASK,    /* no more than that */
-    MESHX_UPSTREAM_ACCEPT, /* port is 0 */
+    MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
+    MESHX_UPSTREAM_ASK,  /* no more than that */
 };
 
 /*
- * Asks for the local port at which the sidecar forwards to |node|, whose service Name is
- * |service_name|. An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
+ * Asks where to dial |node|, whose service Name is |service_name|: at the local port at
+ * which the sidecar forwards to it. A control node gets the listener itself if that is on
+ * this host and of this user, else the port of a proxy that is started for it.
+ * An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
  * when the node service stops first). The port of an upstream never changes while the
  * sidecar process lives, once that listens there. Returns MESHX_OK, or MESHX_ENOMEM or
  * MESHX_ESTOPPED (STOPPED was sent, or the loop is stopping) and makes no event.
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
                         const char *service_name, enum meshx_upstream_mode mode);
+
+/*
+ * Asks only whether intentions allow a link to |node|, which has dialed us; if they can't
+ * be asked, they do. |socket| is the inode of the connection's other end, which a process
+ * of our own user has; 0: another user's, or not known. Intentions are not for those who
+ * have surely not come through our sidecar: then |direct| is true in the UPSTREAM event
+ * that answers, whose port is 0. Returns as above.
+ */
+int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *node,
+                      const char *service_name, uint32_t socket);
 
 /*
  * |node|, whose service Name is |service_name|, is linked with ours from now on, until

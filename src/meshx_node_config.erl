@@ -10,7 +10,7 @@
 %% No process.
 -module(meshx_node_config).
 
--export([load/1, service_name/2, name_keys/2, open_files/1, redact/1, table/0]).
+-export([load/1, load_control_node/1, service_name/2, name_keys/2, open_files/1, redact/1, table/0]).
 -export_type([config/0]).
 
 -type milliseconds() :: non_neg_integer().
@@ -50,7 +50,8 @@
     request_timeout := milliseconds(),
     stop_timeout := milliseconds(),
     upstream_keep := milliseconds(),
-    force_registration := boolean()
+    force_registration := boolean(),
+    control_node => true
 }.
 
 -type origin() ::
@@ -170,8 +171,21 @@ former(_) -> none.
 
 -spec load(node()) -> {ok, config()} | {error, {bad_configuration, unicode:chardata()}}.
 load(Node) ->
+    try_build(Node, fun command/3).
+
+%% @doc Of a node without a service: its sidecar_command is the proxy's of which only the upstream
+%% is missing. None is not an error before it is needed.
+-spec load_control_node(node()) ->
+    {ok, config()} | {error, {bad_configuration, unicode:chardata()}}.
+load_control_node(Node) ->
+    case try_build(Node, fun proxy_command/3) of
+        {ok, Config} -> {ok, Config#{control_node => true}};
+        Error -> Error
+    end.
+
+try_build(Node, Command) ->
     try
-        {ok, build(Node, settings())}
+        {ok, build(Node, settings(), Command)}
     catch
         throw:{bad_configuration, Text} ->
             {error, {bad_configuration, unicode:characters_to_binary(Text)}}
@@ -402,7 +416,7 @@ pairs(_) -> [].
 
 %%% All together
 
-build(Node, Settings) ->
+build(Node, Settings, Command) ->
     Name = atom_to_binary(Node),
     Naming = value(service_name, Settings),
     Consul = consul(Settings),
@@ -422,7 +436,7 @@ build(Node, Settings) ->
         consul_names => consul_names(Settings),
         service_template => template(service_template, Settings, Values),
         upstream_template => template(upstream_template, Settings, Values),
-        sidecar_command => command(Settings, Values, Environment),
+        sidecar_command => Command(Settings, Values, Environment),
         sidecar_environment => Environment,
         guard_path => unicode:characters_to_binary(Guard)
     },
@@ -527,6 +541,21 @@ command(Settings, Values, Environment) ->
                     Remedy = "; set sidecar_command, to none if something else runs the sidecar",
                     fail(Origin, sidecar_command, [Reason, Remedy])
             end
+    end.
+
+%% The consul of the user's command, if it has one.
+proxy_command(Settings, Values, Environment) ->
+    Program =
+        case value(sidecar_command, Settings) of
+            [Word, <<"connect">> | _] -> Word;
+            _ -> <<"consul">>
+        end,
+    {_, ServiceName} = lists:keyfind(<<"name">>, 1, Values),
+    case meshx_node_command:find_program(Program, path(Environment)) of
+        {ok, File} ->
+            [File, <<"connect">>, <<"proxy">>, <<"-service">>, ServiceName, <<"-upstream">>];
+        {error, _} ->
+            none
     end.
 
 fill(Origin, Word, Values) ->

@@ -30,6 +30,9 @@
 %% puts up to 12 before the host of a node that asks for a name.
 -define(NAME_SIZE_MAX, 240).
 
+%% The flag of a node that has no name and asks for one.
+-define(NAME_ME, (1 bsl 33)).
+
 %% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
 -define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
 
@@ -40,6 +43,7 @@
     acceptor :: pid() | undefined,
     %% undefined: we were dialled
     node :: node() | undefined,
+    how = dialed :: meshx_node_mesh:how(),
     %% where we have dialled it
     upstream :: meshx_node_mesh:upstream() | undefined,
     %% when to stop dialling again
@@ -184,6 +188,8 @@ refused(Upstream) ->
 %% For people: a wrong address in the configuration is found by it.
 name({sidecar, Ip, Port}) ->
     io_lib:format("our sidecar's upstream ~ts", [place(Ip, Port)]);
+name({direct, Ip, Port}) ->
+    io_lib:format("its listener ~ts", [place(Ip, Port)]);
 name({static, Ip, Port}) ->
     io_lib:format("the upstream ~ts given by `upstreams`", [place(Ip, Port)]).
 
@@ -219,16 +225,16 @@ init_accepted(Kernel, Link) ->
             Size =< ?NAME_SIZE_MAX
         ->
             meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
-            check_intentions(Link, Name),
+            How = check_intentions(Link, Name, Flags),
             process_flag(priority, max),
-            accepted(Kernel, Link, Acceptor, First);
+            accepted(Kernel, Link, Acceptor, First, How);
         {error, Reason} when Reason =/= bad_frame ->
             ok;
         _ ->
             exit({no_handshake, peer_of(Link)})
     end.
 
-accepted(Kernel, Link, Acceptor, First) ->
+accepted(Kernel, Link, Acceptor, First, How) ->
     {ok, {Ip, _}} = meshx_node_nif:address(Link, local),
     Family =
         case tuple_size(Ip) of
@@ -243,7 +249,7 @@ accepted(Kernel, Link, Acceptor, First) ->
             link(Supervisor),
             Supervisor ! {self(), controller},
             handshake(#handshake{
-                link = Link, supervisor = Supervisor, acceptor = Acceptor, first = First
+                link = Link, supervisor = Supervisor, acceptor = Acceptor, first = First, how = How
             });
         {Kernel, unsupported_protocol} ->
             exit(unsupported_protocol);
@@ -253,25 +259,28 @@ accepted(Kernel, Link, Acceptor, First) ->
 
 %% Does an intention forbid the link? If so, the other side is told in dist_util's words, so that
 %% it doesn't dial again and again.
-check_intentions(Link, Name) ->
-    case accepts(Name) of
-        ok ->
-            ok;
+check_intentions(Link, Name, Flags) ->
+    User = service_user(Name, Flags),
+    %% What is no name dist_util deals with.
+    case meshx_node_dist:is_node_name(User) andalso meshx_node_mesh:accepts(User, Link) of
+        direct ->
+            direct;
         {error, {_, Text}} ->
             _ = write_packet(Link, "snot_allowed"),
-            exit({not_allowed, Name, Text})
+            exit({not_allowed, Name, Text});
+        _ ->
+            {accepted, User}
     end.
 
-%% What is no name dist_util deals with.
-accepts(Name) ->
-    try binary_to_atom(Name) of
-        Node ->
-            case meshx_node_dist:is_node_name(Node) of
-                true -> meshx_node_mesh:accepts(Node);
-                false -> ok
-            end
+%% The node by whose name the other side calls itself a service. One that asks for a name sends only
+%% its host, and uses the name it has until it gets one.
+service_user(Host, Flags) when Flags band ?NAME_ME =/= 0 ->
+    service_user(<<"undefined@", Host/binary>>, 0);
+service_user(Name, _Flags) ->
+    try
+        binary_to_atom(Name)
     catch
-        error:_ -> ok
+        error:_ -> nonode@nohost
     end.
 
 %% ---- handshake ----
@@ -297,15 +306,12 @@ handshake(#handshake{link = Link} = S) ->
             From ! {Ref, Link},
             S#handshake.acceptor =:= undefined orelse
                 meshx_node_acceptor:linked(S#handshake.acceptor),
-            meshx_node_mesh:link_up(Node, self(), Link, how(S)),
+            meshx_node_mesh:link_up(Node, self(), Link, S#handshake.how),
             meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->
             %% Of a link that was given up, or a wait that timed out.
             handshake(S)
     end.
-
-how(#handshake{node = undefined}) -> accepted;
-how(_) -> dialed.
 
 peer_of(Link) ->
     case meshx_node_nif:address(Link, peer) of
@@ -375,9 +381,9 @@ explain_status(_, _) ->
 
 %% A static address may be that of another node, which dist_util gives up without a word.
 explain_challenge(
-    #handshake{node = Node, upstream = {static, _, _} = Upstream, received = 1},
+    #handshake{node = Node, upstream = {Kind, _, _} = Upstream, received = 1},
     <<$N, _Flags:64, _Challenge:32, _Creation:32, Size:16, Name:Size/binary, _/binary>>
-) ->
+) when Kind =/= sidecar ->
     atom_to_binary(Node) =:= Name orelse
         ?LOG_WARNING("meshx_node: no link to ~ts: ~ts leads to ~ts", [Node, name(Upstream), Name]);
 explain_challenge(_, _) ->
@@ -393,8 +399,8 @@ explain_end(#handshake{node = Node, received = 2} = S) when Node =/= undefined -
 explain_end(_) ->
     ok.
 
-static_or(_, #handshake{upstream = {static, _, _} = Upstream}) -> name(Upstream);
-static_or(Other, _) -> Other.
+static_or(Other, #handshake{upstream = {sidecar, _, _}}) -> Other;
+static_or(_, #handshake{upstream = Upstream}) -> name(Upstream).
 
 %% One packet of the handshake.
 read_packet(Link, Timeout) ->

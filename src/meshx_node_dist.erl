@@ -74,7 +74,7 @@ maybe_listen(Node, Host, ok) ->
     case meshx_node_options:listen() of
         {ok, Listener} ->
             {ok, {Ip, Port} = Address} = meshx_node_nif:address(Listener, local),
-            case meshx_node_mesh:start_service(Node, Ip, Port) of
+            case start_service(Node, Ip, Port) of
                 ok ->
                     {ok, {Listener, net_address(Address, Host), creation()}};
                 {error, Failure} ->
@@ -86,6 +86,22 @@ maybe_listen(Node, Host, ok) ->
     end;
 maybe_listen(Node, _Host, {error, Failure}) ->
     start_failed(Node, Failure).
+
+%% Nobody looks for a remote shell, not even for one with a name: it stays without a service.
+start_service(Node, Ip, Port) ->
+    case is_remote_shell() of
+        true -> ok;
+        false -> meshx_node_mesh:start_service(Node, Ip, Port)
+    end.
+
+%% erl's own flag, or what iex and the commands of Elixir's releases (remote, rpc, pid, stop) pass
+%% on to Elixir.
+is_remote_shell() ->
+    init:get_argument(remsh) =/= error orelse
+        lists:any(
+            fun(Argument) -> lists:member(Argument, ["--remsh", "--rpc-eval"]) end,
+            init:get_plain_arguments()
+        ).
 
 %% net_kernel knows one reason by name, and prints only an atom of any other.
 start_failed(Node, {Reason, Text}) ->
@@ -215,18 +231,34 @@ do_setup(Kernel, Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
     Timer = dist_util:start_timer(SetupTime),
     %% Earlier than the timer, which ends us without a word.
     Deadline = erlang:monotonic_time(millisecond) + SetupTime - min(500, SetupTime div 4),
-    case meshx_node_ctrl:dial(Node, Deadline) of
+    case dial(Node, MyNode, Deadline) of
         {ok, Controller} ->
             dist_util:reset_timer(Timer),
             HSData = handshake_data(Kernel, Controller, MyNode, Timer),
             dist_util:handshake_we_started(HSData#hs_data{
                 other_node = Node,
                 other_version = ?ERL_DIST_VER_HIGH,
-                request_type = Type
+                request_type = request_type(Type)
             });
         {error, {Reason, Text}} ->
             ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
             ?shutdown2(Node, Reason)
+    end.
+
+%% Others can't dial a remote shell, as its links would otherwise make them do. Nodes without a
+%% listener are hidden by net_kernel.
+request_type(Type) ->
+    case is_remote_shell() of
+        true -> hidden;
+        false -> Type
+    end.
+
+%% Of a control node this may be the first that is heard: without a listener (-dist_listen false,
+%% -sname undefined) net_kernel has not called listen/2.
+dial(Node, MyNode, Deadline) ->
+    case meshx_node_mesh:start_control_node(MyNode) of
+        ok -> meshx_node_ctrl:dial(Node, Deadline);
+        {error, Failure} -> {error, Failure}
     end.
 
 %% What both directions of a handshake have in common. The connection process learns the link

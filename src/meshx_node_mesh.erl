@@ -7,10 +7,10 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, drain/0, upstream/2, accepts/1, link_up/4, info/0, service_name/1]).
--export([allowed_uids/0]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, accepts/2]).
+-export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
--export_type([upstream/0]).
+-export_type([upstream/0, how/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -32,9 +32,12 @@
 %% other side, which has net_setuptime, waits for us.
 -define(ACCEPT_TIME, 2000).
 
-%% Where a node is dialled: at an upstream of our sidecar, or at the static address the key
-%% `upstreams' gives.
--type upstream() :: {sidecar | static, inet:ip_address(), inet:port_number()}.
+%% Where a node is dialled: at an upstream of our sidecar, at the static address the key `upstreams'
+%% gives, or, by a control node on the same host, directly at its listener.
+-type upstream() :: {sidecar | static | direct, inet:ip_address(), inet:port_number()}.
+
+%% How a link was made; one that was accepted, with the node whose service the other side uses.
+-type how() :: dialed | {accepted, node()} | direct.
 
 -record(link, {
     %% number of this link for the C side
@@ -83,6 +86,18 @@ start_service(Node, Ip, Port) ->
             Result
     end.
 
+%% Lets Node, which has no listener, dial others; nothing is registered. Nothing to do if this VM
+%% is a node service or a control node already.
+-spec start_control_node(node()) -> ok | {error, meshx_node_nif:failure()}.
+start_control_node(Node) ->
+    case call({start_control_node, Node}) of
+        stopping ->
+            timer:sleep(?FORMER_TIME),
+            start_control_node(Node);
+        Result ->
+            Result
+    end.
+
 %% Peers stop dialing; open links live on. Returns when the agent knows it, or takes too long.
 -spec drain() -> ok.
 drain() ->
@@ -105,10 +120,13 @@ upstream(Node, Mode) ->
     end.
 
 %% Whether intentions allow a link to Node, which has dialled us. Where they can't be asked (in
-%% time) they do: its sidecar and ours have let it through.
--spec accepts(node()) -> ok | {error, meshx_node_nif:failure()}.
-accepts(Node) ->
-    try gen_server:call(?MODULE, {upstream, Node, accept}, ?ACCEPT_TIME) of
+%% time) they do: its sidecar and ours have let it through. `direct': a process of our own user that
+%% is not our sidecar has dialled, a control node on this host; they don't concern it.
+-spec accepts(node(), meshx_node_nif:socket()) -> ok | direct | {error, meshx_node_nif:failure()}.
+accepts(Node, Link) ->
+    Mode = {accept, meshx_node_nif:peer_socket(Link)},
+    try gen_server:call(?MODULE, {upstream, Node, Mode}, ?ACCEPT_TIME) of
+        {ok, {direct, _, _}} -> direct;
         {error, {denied_by_intention, _} = Failure} -> {error, Failure};
         _ -> ok
     catch
@@ -117,7 +135,7 @@ accepts(Node) ->
 
 %% Called by a link's controller: the link is listed in info/0 while the controller lives, which
 %% is ended when intentions no longer allow the link.
--spec link_up(node(), pid(), meshx_node_nif:socket(), dialed | accepted) -> ok.
+-spec link_up(node(), pid(), meshx_node_nif:socket(), how()) -> ok.
 link_up(Node, Controller, Link, How) ->
     gen_server:cast(?MODULE, {link_up, Node, Controller, Link, How}).
 
@@ -151,8 +169,8 @@ call(Request) ->
 
 not_started() ->
     Text =
-        "this node has no node service: it is not started with -proto_dist meshx_node, or it has no "
-        "name of its own (-remsh without -name, -sname undefined), which is not supported",
+        "this node has no node service: it is not started with -proto_dist meshx_node, or it is a "
+        "control node (-remsh, -dist_listen false, -sname undefined) that has not dialed anybody yet",
     {error, {stopped, list_to_binary(Text)}}.
 
 text(Format, Arguments) ->
@@ -168,17 +186,20 @@ init([]) ->
 -spec handle_call(term(), gen_server:from(), #state{}) ->
     {reply, term(), #state{}} | {noreply, #state{}}.
 handle_call({start_service, Node, Ip, Port}, From, #state{mesh = undefined} = S) ->
-    case open(Node, Ip, Port) of
-        {ok, Mesh, Tag, Config, Warnings} ->
-            %% What was read may hold secrets; here, it would be in a crash dump.
-            true = erlang:garbage_collect(),
-            Opened = S#state{mesh = Mesh, tag = Tag, config = Config, starter = From},
-            {noreply, lists:foldl(fun warn/2, Opened, Warnings)};
-        NotOpened ->
-            {reply, NotOpened, S}
-    end;
+    Listener = #{listen_address => list_to_binary(inet:ntoa(Ip)), listen_port => Port},
+    open(meshx_node_config:load(Node), Listener, From, S);
 handle_call({start_service, Node, _, _}, _From, S) ->
     {reply, {error, {name_in_use, text("~ts: this VM already is a node service", [Node])}}, S};
+handle_call({start_control_node, Node}, From, #state{mesh = undefined} = S) ->
+    case meshx_node_nif:load() of
+        ok ->
+            Listener = #{listen_address => <<"127.0.0.1">>, listen_port => 0},
+            open(meshx_node_config:load_control_node(Node), Listener, From, S);
+        {error, Failure} ->
+            {reply, {error, Failure}, S}
+    end;
+handle_call({start_control_node, _}, _From, #state{mesh = Mesh} = S) when Mesh =/= undefined ->
+    {reply, ok, S};
 handle_call(_Request, _From, #state{mesh = undefined} = S) ->
     {reply, not_started(), S};
 handle_call(drain, From, #state{mesh = Mesh} = S) ->
@@ -200,9 +221,7 @@ handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
         error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
     end.
 
--spec handle_cast(
-    {link_up, node(), pid(), meshx_node_nif:socket(), dialed | accepted}, #state{}
-) ->
+-spec handle_cast({link_up, node(), pid(), meshx_node_nif:socket(), how()}, #state{}) ->
     {noreply, #state{}}.
 handle_cast({link_up, Node, Controller, Socket, How}, #state{links = Links, next = Id} = S) ->
     Link = #link{id = Id, node = Node, controller = Controller, socket = Socket},
@@ -265,60 +284,75 @@ await_stopped(Tag, S, Deadline) ->
 
 %% ---- start and requests ----
 
-open(Node, Ip, Port) ->
-    case meshx_node_config:load(Node) of
-        {ok, Config} ->
-            Tag = make_ref(),
-            Full = Config#{
-                listen_address => list_to_binary(inet:ntoa(Ip)),
-                listen_port => Port
-            },
-            case meshx_node_nif:mesh_open(Full, Tag) of
-                {ok, Mesh} ->
-                    Kept = maps:with(
-                        [
-                            node,
-                            naming,
-                            ttl,
-                            sidecar_stdout,
-                            sidecar_stderr,
-                            upstreams,
-                            allowed_uids,
-                            consul_names
-                        ],
-                        Full
-                    ),
-                    renew_later(#state{tag = Tag, config = Kept}),
-                    {ok, Mesh, Tag, Kept, meshx_node_config:open_files(Config)};
-                stopping ->
-                    stopping;
-                {error, Failure} ->
-                    {error, named(Failure, Config)}
-            end;
+%% Answers From when the node service is up, or can't be.
+open({ok, Loaded}, Listener, From, S) ->
+    Config = maps:merge(Loaded, Listener),
+    Tag = make_ref(),
+    case meshx_node_nif:mesh_open(Config, Tag) of
+        {ok, Mesh} ->
+            Kept = maps:with(
+                [
+                    node,
+                    naming,
+                    ttl,
+                    sidecar_stdout,
+                    sidecar_stderr,
+                    upstreams,
+                    allowed_uids,
+                    consul_names,
+                    control_node
+                ],
+                Config
+            ),
+            renew_later(Opened = S#state{mesh = Mesh, tag = Tag, config = Kept, starter = From}),
+            Warned = lists:foldl(fun warn/2, Opened, meshx_node_config:open_files(Loaded)),
+            %% What was read may hold secrets; here, it would be in a crash dump.
+            true = erlang:garbage_collect(),
+            {noreply, Warned};
+        stopping ->
+            {reply, stopping, S};
         {error, Failure} ->
-            {error, Failure}
-    end.
+            {reply, {error, named(Failure, Config)}, S}
+    end;
+open({error, Failure}, _Listener, _From, S) ->
+    {reply, {error, Failure}, S}.
 
 %% A failure of the C side.
 named({Code, Text}, Config) ->
     {Code, meshx_node_config:name_keys(Text, Config)}.
 
+renew_later(#state{config = #{control_node := true}}) ->
+    ok;
 renew_later(#state{tag = Tag, config = #{ttl := Ttl}}) ->
     erlang:send_after(Ttl div 3, self(), {renew, Tag}).
 
-%% What belongs to a static address isn't asked about.
+%% The node a control node is linked with watches the link.
 watch_link(_Link, _How, #state{mesh = undefined}) ->
     ok;
-watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config} = S) ->
-    ServiceName =
-        try
-            false = maps:is_key(Node, maps:get(upstreams, S#state.config)),
-            meshx_node_config:service_name(Node, Config)
-        catch
-            error:_ -> undefined
+watch_link(_Link, _How, #state{config = #{control_node := true}}) ->
+    ok;
+watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config}) ->
+    {Side, ServiceName} =
+        case How of
+            dialed -> {dialed, watched_name(Node, Config)};
+            {accepted, User} -> {accepted, watched_name(User, Config)};
+            direct -> {accepted, undefined}
         end,
-    _ = meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, How),
+    %% Who knows the cookie can have any name, which needn't be one for Consul.
+    _ =
+        meshx_node_dist:is_node_name(Node) andalso
+            meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side),
     ok.
+
+%% What belongs to a static address isn't asked about.
+watched_name(Node, #{upstreams := Static}) when is_map_key(Node, Static) ->
+    undefined;
+watched_name(Node, Config) ->
+    try
+        meshx_node_config:service_name(Node, Config)
+    catch
+        error:_ -> undefined
+    end.
 
 ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
     try meshx_node_config:service_name(Node, Config) of
@@ -352,8 +386,9 @@ event(failed, Failure, #state{starter = Starter} = S) ->
     Released = release(S),
     gen_server:reply(Starter, {error, named(Failure, S#state.config)}),
     Released#state{starter = undefined};
-event(upstream, {Request, {ok, Port}}, S) ->
-    answer(Request, {ok, {sidecar, {127, 0, 0, 1}, Port}}, S);
+event(upstream, {Request, {ok, {Kind, Address, Port}}}, S) ->
+    {ok, Ip} = inet:parse_strict_address(binary_to_list(Address)),
+    answer(Request, {ok, {Kind, Ip, Port}}, S);
 event(upstream, {Request, {error, Failure}}, #state{config = Config} = S) ->
     answer(Request, {error, named(Failure, Config)}, S);
 event(link_denied, {Id, {_, Text}}, S) ->
@@ -386,6 +421,8 @@ event(output, {Stream, Line}, #state{config = #{node := Node} = Config} = S) ->
         end,
     case maps:get(Key, Config) of
         off -> S;
+        %% A person sits at a remote shell, who has not asked for a proxy.
+        _ when is_map_key(control_node, Config), Stream =:= stdout -> S;
         Level -> log(Level, "[~ts][~ts]: ~ts", [Node, Stream, Line], S)
     end;
 event(log, {Level, Text}, #state{config = Config} = S) ->

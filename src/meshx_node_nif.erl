@@ -13,6 +13,7 @@
     controlling_process/2,
     address/2,
     peer_uid/1,
+    peer_socket/1,
     close/1,
     setopt/3,
     getopt/2,
@@ -36,7 +37,7 @@
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
--define(ABI_VERSION, 2).
+-define(ABI_VERSION, 3).
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().
@@ -146,6 +147,12 @@ address(Socket, Which) ->
 peer_uid(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).
 
+%% The inode of the socket at the other end, if a process of our own user has it; 0: not so, or not
+%% known.
+-spec peer_socket(socket()) -> non_neg_integer().
+peer_socket(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
+
 %% Closes at once; what the kernel has not taken is lost. Idempotent.
 -spec close(socket()) -> ok.
 close(Socket) ->
@@ -197,8 +204,11 @@ statistics(Link) ->
 mesh_open(Config, Tag) ->
     load_and_call(?FUNCTION_NAME, [Config, Tag]).
 
-%% Asks for the sidecar's local port towards a node; an `upstream' event answers.
--spec mesh_upstream(mesh(), non_neg_integer(), binary(), binary(), dial | ask | accept) ->
+%% Asks for the way to a node, or, of one that has dialled us, whether it may; Socket is
+%% peer_socket/1's. An `upstream' event answers.
+-spec mesh_upstream(
+    mesh(), non_neg_integer(), binary(), binary(), dial | ask | {accept, Socket :: non_neg_integer()}
+) ->
     ok | {error, atom()}.
 mesh_upstream(Mesh, Request, Node, ServiceName, Mode) ->
     load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceName, Mode]).

@@ -77,6 +77,8 @@ struct document_service {
     char *node; /* Meta.node or NULL */
     char *address;
     uint16_t port;
+    char *local_address; /* of a sidecar: where it dials its node; else NULL and 0 */
+    uint16_t local_port;
 };
 
 int document_parse_service(const char *body, size_t size, struct document_service *out,

@@ -201,10 +201,23 @@ void document_instances_fini(struct document_instances *instances) {
     *instances = (struct document_instances){0};
 }
 
+/* Port number |key| of |object|; 0 if it is missing and OPTIONAL. */
+static int get_port(json_t *object, const char *key, enum presence presence,
+                    uint16_t *out, struct meshx_failure *failure) {
+    json_t *port = NULL;
+    int result = get(object, key, JSON_INTEGER, presence, &port, failure);
+    json_int_t number = json_integer_value(port); /* 0 for NULL */
+    if (result == MESHX_OK && (number < 0 || number > UINT16_MAX)) {
+        return answer_failure(failure, key, "0 to 65535", port);
+    }
+    *out = (uint16_t)number;
+    return result;
+}
+
 int document_parse_service(const char *body, size_t size, struct document_service *out,
                            struct meshx_failure *failure) {
     json_t *answer = NULL;
-    json_t *port = NULL;
+    json_t *proxy = NULL;
     *out = (struct document_service){0};
     int result = parse_answer(body, size, &answer, failure);
     if (result != MESHX_OK) {
@@ -220,15 +233,17 @@ int document_parse_service(const char *body, size_t size, struct document_servic
         result = get_string(answer, "Address", REQUIRED, &out->address, failure);
     }
     if (result == MESHX_OK) {
-        result = get(answer, "Port", JSON_INTEGER, REQUIRED, &port, failure);
+        result = get_port(answer, "Port", REQUIRED, &out->port, failure);
     }
     if (result == MESHX_OK) {
-        json_int_t number = json_integer_value(port);
-        if (number < 0 || number > UINT16_MAX) {
-            result = answer_failure(failure, "Port", "0 to 65535", port);
-        } else {
-            out->port = (uint16_t)number;
-        }
+        result = get(answer, "Proxy", JSON_OBJECT, OPTIONAL, &proxy, failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_string(proxy, "LocalServiceAddress", OPTIONAL, &out->local_address,
+                            failure);
+    }
+    if (result == MESHX_OK) {
+        result = get_port(proxy, "LocalServicePort", OPTIONAL, &out->local_port, failure);
     }
     if (result != MESHX_OK) {
         document_service_fini(out);
@@ -240,6 +255,7 @@ int document_parse_service(const char *body, size_t size, struct document_servic
 void document_service_fini(struct document_service *service) {
     free(service->node);
     free(service->address);
+    free(service->local_address);
     *service = (struct document_service){0};
 }
 

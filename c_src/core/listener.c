@@ -224,6 +224,20 @@ enum listener_owner listener_owner(const struct sock_address *address, pid_t pro
     return owner;
 }
 
+int listener_user(const struct sock_address *address, uid_t *out) {
+    struct reply reply;
+    const struct question question = new_question(address, 0, TCP_LISTEN);
+    int error = ask_kernel(&question, &reply);
+    if (error == 0) {
+        *out = reply.socket.idiag_uid;
+    }
+    return error;
+}
+
+enum listener_owner listener_descendant(uint32_t inode, pid_t process) {
+    return look_at_children(process, inode, 0);
+}
+
 bool listener_has_connections(const struct sock_address *address) {
     struct reply reply;
     const struct question question = new_question(address, NLM_F_DUMP, TCP_ESTABLISHED);

@@ -26,6 +26,14 @@ enum listener_owner {
 enum listener_owner listener_owner(const struct sock_address *address, pid_t process,
                                    uint32_t *known);
 
+/* Stores in |*out| the user whose process has made the listener that a connection to
+ * |address| would reach. Returns 0; -ENOENT: there is none; else -errno. */
+int listener_user(const struct sock_address *address, uid_t *out);
+
+/* Whether a descendant of |process| has the socket |inode|, a listener or a connection,
+ * open: FAMILY, OTHER, or UNKNOWN. */
+enum listener_owner listener_descendant(uint32_t inode, pid_t process);
+
 /* Whether connections to |address|'s port are established. True if it can't be told. */
 bool listener_has_connections(const struct sock_address *address);
 

@@ -323,7 +323,7 @@ static int make_parts(struct mesh *mesh) {
     if (code == MESHX_OK) {
         code = mesh_watch_init(mesh);
     }
-    if (code == MESHX_OK && config->sidecar_command != NULL) {
+    if (code == MESHX_OK && config->sidecar_command != NULL && !config->control_node) {
         struct sidecar_config sidecar = {.guard_path = config->guard_path,
                                          .command = config->sidecar_command,
                                          .environment =
@@ -373,6 +373,7 @@ void mesh_finish(struct mesh *mesh) {
     loop_timer_free(mesh->finish);
     mesh_watch_end(mesh);
     sidecar_free(mesh->sidecar);
+    mesh_control_node_fini(mesh);
 
     mesh->state = MESHX_STATE_STOPPED;
     pthread_mutex_lock(&handle->lock);
@@ -461,10 +462,19 @@ int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *n
                         const char *service_name, enum meshx_upstream_mode mode) {
     static const enum mesh_request_kind kinds[] = {
         [MESHX_UPSTREAM_DIAL] = MESH_REQUEST_DIAL,
-        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK,
-        [MESHX_UPSTREAM_ACCEPT] = MESH_REQUEST_ACCEPT};
+        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK};
     return leave_request(mesh,
                          mesh_request_new(kinds[mode], request, node, service_name));
+}
+
+int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *node,
+                      const char *service_name, uint32_t socket) {
+    struct mesh_request *made =
+        mesh_request_new(MESH_REQUEST_ACCEPT, request, node, service_name);
+    if (made != NULL) {
+        made->socket = socket;
+    }
+    return leave_request(mesh, made);
 }
 
 int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,

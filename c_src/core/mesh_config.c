@@ -144,7 +144,7 @@ static int check(const struct meshx_config *config, struct meshx_failure *failur
     if (code != MESHX_OK) {
         return code;
     }
-    if (config->listen_port == 0) {
+    if (config->listen_port == 0 && !config->control_node) {
         return error_set(failure, MESHX_ECONFIG,
                          "listen_port is 0, but must be the port of an open listener");
     }

@@ -29,8 +29,8 @@
 
 void mesh_retry_later(struct mesh *mesh) {
     uint32_t limit = mesh->config.values.ttl / 3;
-    if (mesh->retrying) {
-        return;
+    if (mesh->retrying || mesh->config.values.control_node) {
+        return; /* a control node has nothing that it could repair */
     }
     mesh->retry_delay = mesh->retry_delay > 0 ? mesh->retry_delay * 2 : RETRY_MIN;
     if (mesh->retry_delay > RETRY_MAX) {

@@ -17,10 +17,12 @@
  * mesh_start.c         claim the name, register, sidecar, first passes, visible: READY
  * mesh_registration.c  desired against applied: the one writer of the registration
  * mesh_health.c        heartbeats, the sidecar's life, the agent's absence
- * mesh_upstream.c      lookups and upstreams
+ * mesh_upstream.c      requests and upstreams
+ * mesh_lookup.c        what the agent says of a node
  * mesh_departure.c     upstreams of nodes that are gone
  * mesh_watch.c         blocking queries: what Consul says changes
  * mesh_link.c          linked nodes: are they still allowed, are they healthy?
+ * mesh_control_node.c  a control node's way to others, without a service of its own
  * mesh_stop.c          drain, stop
  */
 #ifndef MESHX_CORE_MESH_INTERNAL_H
@@ -36,6 +38,14 @@
 #include <stdatomic.h>
 
 struct mesh;
+struct mesh_proxy;
+
+/* Where a node is dialed. */
+struct mesh_way {
+    const char *address;
+    uint16_t port;
+    bool direct;
+};
 
 /* What a caller asks; becomes exactly one UPSTREAM or INFO event, or none for a link. */
 enum mesh_request_kind {
@@ -53,7 +63,8 @@ struct mesh_request {
     uint64_t id;
     char *node;
     char *service_name;
-    bool dialed; /* LINK_UP */
+    bool dialed;     /* LINK_UP */
+    uint32_t socket; /* ACCEPT: inode of the connection's other end; 0: not known */
     /* From here on used by mesh_upstream.c, control thread only. */
     struct mesh *mesh;
     unsigned
@@ -62,6 +73,7 @@ struct mesh_request {
     uint64_t revision;            /* waits until this one is applied; 0: does not */
     uint64_t open_by;             /* waits for the listener till then; 0: does not */
     unsigned moves;               /* of its upstream, to ports nobody else has */
+    struct mesh_proxy *proxy;     /* waits until this one accepts; NULL: does not */
     struct meshx_failure found;   /* what the lookup of instances says */
     struct meshx_failure allowed; /* what the lookups of intentions say */
 };
@@ -183,6 +195,7 @@ struct mesh_registration {
     uint64_t applied;
     uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing.
                         Also one that has nothing new but the token. */
+    uint64_t repaired_at; /* loop_now() when the last such one was applied */
     uint64_t moving; /* revision after which the sidecar restarts at its new port; 0 */
     bool in_flight;
     bool may_exist;   /* something of ours may be registered */
@@ -252,6 +265,7 @@ struct mesh {
     uint64_t gather_by;            /* for so long */
     char *swept;                   /* the service whose instances are asked for; NULL */
     size_t sweep_next;             /* whose turn it is then */
+    struct mesh_proxy *proxies;    /* of a control node */
 
     struct mesh_query queries[MESH_QUERY_COUNT];
     struct document_intentions intentions; /* as last answered */
@@ -351,15 +365,36 @@ bool mesh_upstream_port_used(void *mesh, uint16_t port);
 void mesh_upstream_stop(struct mesh *mesh);
 /* Frees requests and upstreams; the agent's answers can't come any more. */
 void mesh_upstream_fini(struct mesh *mesh);
+/* One of |request|'s lookups has been answered. */
+void mesh_upstream_looked_up(struct mesh_request *request);
+/* Answers with the |failure|, or where to dial. |request| may be freed by this. */
+void mesh_upstream_answer(struct mesh_request *request,
+                          const struct meshx_failure *failure,
+                          const struct mesh_way *way);
+void mesh_upstream_out_of_memory(struct mesh_request *request);
+
+/* mesh_lookup.c */
+/* Asks the agent about |request|'s node; mesh_upstream_looked_up() follows. */
+void mesh_lookup(struct mesh_request *request);
+/* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
+ * |*out| says why not. */
+bool mesh_lookup_allowed(const struct meshx_failure *failure, bool allowed,
+                         const char *source, const char *destination,
+                         struct meshx_failure *out);
+
+/* mesh_control_node.c */
+/* READY, with nothing registered. */
+void mesh_control_node_start(struct mesh *mesh);
+/* Is the node on this host and of this user? Else goes on with mesh_lookup().
+ */
+void mesh_control_node_find(struct mesh_request *request);
+/* The node is elsewhere, there and may be dialed: through a proxy. */
+void mesh_control_node_dial(struct mesh_request *request);
+void mesh_control_node_fini(struct mesh *mesh);
 
 /* mesh_departure.c */
 /* Asks the agent about the node of one upstream; which one, changes from call to call. */
 void mesh_departure_sweep(struct mesh *mesh);
-/* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
- * |*out| says why not. */
-bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
-                           const char *source, const char *destination,
-                           struct meshx_failure *out);
 
 /* mesh_watch.c */
 int mesh_watch_init(struct mesh *mesh);   /* on failure mesh_watch_end() is called, too */

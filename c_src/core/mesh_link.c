@@ -172,13 +172,15 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
     struct mesh *mesh = link->mesh;
     struct meshx_failure why;
     if (is_running(mesh) && !link->gone &&
-        !mesh_upstream_allowed(failure, allowed, source, destination, &why)) {
+        !mesh_lookup_allowed(failure, allowed, source, destination, &why)) {
         link->refused = link->refused || failure == NULL;
         if (failure == NULL && !link->denied) {
             tell_denied(link, source, destination);
         } else if (failure != NULL) {
             mesh_note_failure(mesh, &why);
-            mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
+            if (why.code != MESHX_EAGENT_ACL) { /* that lasts */
+                mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
+            }
         }
         if (why.code == MESHX_EAGENT_ACL && !mesh->link_acl_reported) {
             mesh->link_acl_reported = true;

@@ -10,6 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* An agent that takes a registration but knows nothing of it a moment later, a balancer
+ * over two of them perhaps, is not written to without pause: the next heartbeat looks. */
+#define REPAIR_PAUSE_MS 1000
+
 static void on_registered(const struct meshx_failure *failure, void *argument);
 static void settle(struct mesh *mesh, const struct meshx_failure *failure);
 
@@ -136,7 +140,8 @@ void mesh_registration_fini(struct mesh_registration *registration) {
 
 void mesh_registration_lost(struct mesh *mesh) {
     struct mesh_registration *registration = &mesh->registration;
-    if (registration->lost != 0) {
+    if (registration->lost != 0 ||
+        loop_now() - registration->repaired_at < REPAIR_PAUSE_MS) {
         return;
     }
     mesh_log(mesh, MESHX_LEVEL_WARNING,
@@ -157,6 +162,7 @@ static void on_applied(struct mesh *mesh) {
     }
     if (registration->lost != 0 && registration->lost <= registration->applied) {
         registration->lost = 0;
+        registration->repaired_at = loop_now();
         mesh->repairs++;
         mesh_log(mesh, MESHX_LEVEL_NOTICE, "%s is registered again at the agent at %s",
                  mesh->config.values.service_id, mesh->config.endpoint.shown);

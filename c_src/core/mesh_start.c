@@ -83,6 +83,10 @@ void mesh_start_overdue(struct mesh *mesh) {
 }
 
 void mesh_start(struct mesh *mesh) {
+    if (mesh->config.values.control_node) {
+        mesh_control_node_start(mesh);
+        return;
+    }
     loop_timer_start(mesh->deadline, mesh->config.values.start_timeout);
     begin_step(mesh, mesh->config.values.force_registration ? MESH_REGISTER : MESH_CLAIM);
 }

@@ -21,6 +21,8 @@ static void finish_soon(struct mesh *mesh) {
 void mesh_drain(struct mesh *mesh) {
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_stop(mesh); /* nobody could have found us yet */
+    } else if (mesh->state == MESHX_STATE_READY && mesh->config.values.control_node) {
+        mesh_drain_continue(mesh); /* nobody can find it */
     } else if (mesh->state == MESHX_STATE_READY && !mesh->draining) {
         mesh->draining = true;
         mesh_check_set(&mesh->vm_check, CONSUL_FAIL, "the node is stopping");

@@ -1,12 +1,10 @@
 /*
- * Lookups and upstreams: from a node name to a local port that leads to it. L4, control
+ * Requests and upstreams: from a node name to a local port that leads to it. L4, control
  * thread only.
  *
- * A connect() to an upstream's port proves nothing (the proxy accepts first, dials
- * later), so the agent is asked first, side by side: is there such a node and is it
- * healthy, and may we connect to it? Only then an upstream is wanted, and only when our
- * own sidecar is seen to listen there its port is told: if another program was faster,
- * the upstream moves to another port.
+ * Only when the agent's answers (mesh_lookup.c) are good an upstream is wanted, and only
+ * when our own sidecar is seen to listen there its port is told: if another program was
+ * faster, the upstream moves to another port.
  *
  * One service has one upstream, and a port leads to one service for the life of the
  * sidecar's process, since the built-in proxy never closes a listener: a port whose
@@ -49,15 +47,18 @@ static void unlink_request(struct mesh *mesh, struct mesh_request *request) {
     *place = request->next;
 }
 
-/* |request| may be freed by this. */
-static void answer(struct mesh_request *request, const struct meshx_failure *failure,
-                   uint16_t port) {
+void mesh_upstream_answer(struct mesh_request *request,
+                          const struct meshx_failure *failure,
+                          const struct mesh_way *way) {
     struct mesh *mesh = request->mesh;
     struct meshx_event event = {.type = MESHX_EVENT_UPSTREAM,
                                 .request = request->id,
                                 .failure = failure,
-                                .port = port};
+                                .address = way->address,
+                                .port = way->port,
+                                .direct = way->direct};
     request->answered = true;
+    request->proxy = NULL;
     if (failure != NULL && failure->code != MESHX_ESTOPPED) {
         mesh_note_failure(mesh, failure);
     }
@@ -68,7 +69,14 @@ static void answer(struct mesh_request *request, const struct meshx_failure *fai
     }
 }
 
-static void answer_out_of_memory(struct mesh_request *request) {
+/* The same, with a local port of the sidecar. */
+static void answer(struct mesh_request *request, const struct meshx_failure *failure,
+                   uint16_t port) {
+    struct mesh_way way = {.address = "127.0.0.1", .port = port};
+    mesh_upstream_answer(request, failure, &way);
+}
+
+void mesh_upstream_out_of_memory(struct mesh_request *request) {
     struct meshx_failure failure;
     error_set(&failure, MESHX_ENOMEM, "out of memory for the way to %s", request->node);
     answer(request, &failure, 0);
@@ -444,7 +452,7 @@ static void dial(struct mesh_request *request) {
     }
 }
 
-/* ---- lookups ---- */
+/* ---- what the lookups say ---- */
 
 static void answer_sidecar_down(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
@@ -478,12 +486,14 @@ static void judge(struct mesh_request *request) {
         answer(request, allowed, 0);
     } else if (request->kind != MESH_REQUEST_DIAL) {
         answer(request, NULL, 0);
+    } else if (mesh->config.values.control_node) {
+        mesh_control_node_dial(request);
     } else {
         dial(request);
     }
 }
 
-static void lookup_answered(struct mesh_request *request) {
+void mesh_upstream_looked_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     request->lookups--;
     if (request->lookups == 0) {
@@ -492,141 +502,27 @@ static void lookup_answered(struct mesh_request *request) {
     }
 }
 
-static void judge_instances(struct mesh_request *request,
-                            const struct document_instances *instances) {
-    const char *trouble = NULL;
-    const struct document_instance *other = NULL;
-    bool known = false;
-    bool passing = false;
-    for (size_t i = 0; i < instances->count; i++) {
-        const struct document_instance *instance = &instances->items[i];
-        if (instance->node != NULL && strcmp(instance->node, request->node) == 0) {
-            known = true;
-            passing = passing || instance->passing;
-            trouble = trouble != NULL ? trouble : instance->trouble;
-        } else if (instance->passing) {
-            other = instance;
-        }
-    }
-    if (!known) {
-        error_set(&request->found, MESHX_ENODE_UNKNOWN,
-                  "%s is not registered in Consul (service %s); is it started, with "
-                  "-proto_dist meshx_node and in this datacenter?",
-                  request->node, request->service_name);
-    } else if (!passing) {
-        error_set(&request->found, MESHX_ENODE_UNHEALTHY,
-                  "%s is registered in Consul (service %s), but not healthy: %.250s",
-                  request->node, request->service_name,
-                  trouble != NULL ? trouble : "its checks do not pass");
-    } else if (other != NULL) {
-        /* A proxy dials any passing instance of a service, so it would be a lottery. */
-        error_set(&request->found, MESHX_ECONFIG,
-                  "%s and %s are both instances of service %s, which makes it a matter "
-                  "of luck which of them is reached; give each node its own service_name",
-                  request->node, other->node != NULL ? other->node : other->service_id,
-                  request->service_name);
-    }
-}
-
-static void on_instances(const struct meshx_failure *failure,
-                         const struct document_instances *instances, void *argument) {
-    struct mesh_request *request = argument;
-    if (failure != NULL) {
-        request->found = *failure;
-        if (request->mesh->state == MESHX_STATE_READY) {
-            mesh_retry_later(request->mesh); /* see at once how we stand with the agent */
-        }
-    } else {
-        judge_instances(request, instances);
-    }
-    lookup_answered(request);
-}
-
-bool mesh_upstream_allowed(const struct meshx_failure *failure, bool allowed,
-                           const char *source, const char *destination,
-                           struct meshx_failure *out) {
-    if (failure != NULL && failure->code == MESHX_EAGENT_ACL) {
-        error_set(out, failure->code,
-                  "whether %s may connect to %s can't be asked: the token needs "
-                  "service:read on %s (%.200s)",
-                  source, destination, destination, failure->text);
-    } else if (failure != NULL) {
-        *out = *failure;
-    } else if (!allowed) {
-        error_set(out, MESHX_EDENIED,
-                  "a Consul intention (or the default policy) denies %s => %s; allow it "
-                  "with `consul intention create -replace -allow %s %s`",
-                  source, destination, source, destination);
-    }
-    return failure == NULL && allowed;
-}
-
-/* Of the two directions a denial says more than another failure. */
-static void allowed_answered(struct mesh_request *request,
-                             const struct meshx_failure *failure, bool allowed,
-                             const char *source, const char *destination) {
-    struct meshx_failure found;
-    bool lets_in = failure != NULL && request->kind == MESH_REQUEST_ACCEPT;
-    if (!mesh_upstream_allowed(failure, allowed, source, destination, &found) &&
-        !lets_in && request->allowed.code != MESHX_EDENIED) {
-        request->allowed = found;
-    }
-    lookup_answered(request);
-}
-
-static void on_allowed(const struct meshx_failure *failure, bool allowed,
-                       void *argument) {
-    struct mesh_request *request = argument;
-    allowed_answered(request, failure, allowed, request->mesh->config.values.service_name,
-                     request->service_name);
-}
-
-static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
-                            void *argument) {
-    struct mesh_request *request = argument;
-    allowed_answered(request, failure, allowed, request->service_name,
-                     request->mesh->config.values.service_name);
-}
-
-/* Both directions, since a link carries both ways, or the one in which it is dialed. */
-static int ask_intentions(struct mesh_request *request) {
-    struct mesh *mesh = request->mesh;
-    const char *ours = mesh->config.values.service_name;
-    const char *theirs = request->service_name;
-    bool both = !mesh->config.values.dial_direction_only;
-    bool accepts = request->kind == MESH_REQUEST_ACCEPT;
-    if (both || !accepts) {
-        if (consul_allowed(mesh->consul, ours, theirs, on_allowed, request) != MESHX_OK) {
-            return MESHX_ENOMEM;
-        }
-        request->lookups++;
-    }
-    if (both || accepts) {
-        if (consul_allowed(mesh->consul, theirs, ours, on_allowed_back, request) !=
-            MESHX_OK) {
-            return MESHX_ENOMEM;
-        }
-        request->lookups++;
-    }
-    return MESHX_OK;
+/* Has a process of our user dialed us, a control node, rather than our sidecar? As long
+ * as that can't be said for sure, intentions count. */
+static bool is_direct(const struct mesh_request *request) {
+    const struct mesh *mesh = request->mesh;
+    pid_t guard = mesh->sidecar != NULL ? sidecar_guard(mesh->sidecar) : 0;
+    return request->socket != 0 && guard > 0 &&
+           listener_descendant(request->socket, guard) == LISTENER_OTHER;
 }
 
 static void look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    if (request->kind != MESH_REQUEST_ACCEPT) {
-        if (!mesh->sidecar_accepts) {
-            answer_sidecar_down(request);
-            return;
-        }
-        if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
-                             on_instances, request) != MESHX_OK) {
-            answer_out_of_memory(request);
-            return;
-        }
-        request->lookups = 1;
-    }
-    if (ask_intentions(request) != MESHX_OK) {
-        answer_out_of_memory(request);
+    bool accepts = request->kind == MESH_REQUEST_ACCEPT;
+    if (accepts && is_direct(request)) {
+        mesh_upstream_answer(request, NULL,
+                             &(struct mesh_way){.address = "127.0.0.1", .direct = true});
+    } else if (!accepts && mesh->config.values.control_node) {
+        mesh_control_node_find(request);
+    } else if (!accepts && !mesh->sidecar_accepts) {
+        answer_sidecar_down(request);
+    } else {
+        mesh_lookup(request);
     }
 }
 

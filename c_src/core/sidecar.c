@@ -432,6 +432,10 @@ void sidecar_restart(struct sidecar *sidecar) {
     }
 }
 
+pid_t sidecar_guard(const struct sidecar *sidecar) {
+    return sidecar->run != NULL ? sidecar->run->guard : 0;
+}
+
 void sidecar_free(struct sidecar *sidecar) {
     if (sidecar != NULL) {
         give_up_run(sidecar);

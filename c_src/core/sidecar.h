@@ -21,6 +21,7 @@
 #define MESHX_CORE_SIDECAR_H
 
 #include "loop.h"
+#include <sys/types.h>
 
 struct sidecar_config {
     const char *guard_path;
@@ -65,6 +66,10 @@ void sidecar_stop(struct sidecar *sidecar);
  * or ends the wait for a restart; else does nothing. |started| follows, without |ended|
  * for the process that is replaced. */
 void sidecar_restart(struct sidecar *sidecar);
+
+/* The process of whose descendants the sidecar is one, whatever state that is in; 0:
+ * there is none. */
+pid_t sidecar_guard(const struct sidecar *sidecar);
 
 /* Frees in the background, without callbacks; the guard ends what still runs. NULL
  * allowed. */

@@ -117,7 +117,8 @@ static int exchange(int netlink, const struct end *from, const struct end *to,
 
 /* Asks for the socket whose own end is |from|. -ENOENT: there is none that a process
  * holds, or the kernel can't look for any. */
-static int find(int netlink, const struct end *from, const struct end *to, uid_t *out) {
+static int find(int netlink, const struct end *from, const struct end *to,
+                struct sock_owner *out) {
     struct inet_diag_msg found = {.idiag_state = 0};
     struct end source;
     struct end destination;
@@ -131,15 +132,15 @@ static int find(int netlink, const struct end *from, const struct end *to, uid_t
         !is_same_end(&source, from) || !is_same_end(&destination, to)) {
         return -ENOENT;
     }
-    *out = found.idiag_uid;
+    *out = (struct sock_owner){.uid = found.idiag_uid, .inode = found.idiag_inode};
     return 0;
 }
 
 int sock_owner(const struct sock_address *local, const struct sock_address *peer,
-               uid_t *out) {
+               struct sock_owner *out) {
     struct end here;
     struct end there;
-    uid_t ours;
+    struct sock_owner ours;
     if (!get_end(local, &here) || !get_end(peer, &there)) {
         return -EAFNOSUPPORT;
     }
@@ -188,7 +189,7 @@ static unsigned long field(const char *text, int nth) {
 
 /* Looks for the socket whose own end is |from|. */
 static int scan(const char *path, bool ipv6, const struct end *from, const struct end *to,
-                uid_t *out) {
+                struct sock_owner *out) {
     char line[512];
     char ends[128];
     int result = -ENOENT;
@@ -200,8 +201,11 @@ static int scan(const char *path, bool ipv6, const struct end *from, const struc
     print_end(to, ipv6, ends + strlen(ends), sizeof ends - strlen(ends));
     while (result == -ENOENT && fgets(line, sizeof line, file) != NULL) {
         const char *found = strstr(line, ends);
-        if (found != NULL && field(found + strlen(ends), INODE_FIELD) != 0) {
-            *out = (uid_t)field(found + strlen(ends), USER_FIELD);
+        unsigned long inode =
+            found != NULL ? field(found + strlen(ends), INODE_FIELD) : 0;
+        if (inode != 0) {
+            out->uid = (uid_t)field(found + strlen(ends), USER_FIELD);
+            out->inode = (uint32_t)inode;
             result = 0;
         }
     }
@@ -213,7 +217,7 @@ static int scan(const char *path, bool ipv6, const struct end *from, const struc
 }
 
 int sock_owner_scan(const struct sock_address *local, const struct sock_address *peer,
-                    uid_t *out) {
+                    struct sock_owner *out) {
     struct end here;
     struct end there;
     int result = -ENOENT;

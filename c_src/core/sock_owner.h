@@ -10,6 +10,11 @@
 #include "sock.h"
 #include <sys/types.h>
 
+struct sock_owner {
+    uid_t uid;
+    uint32_t inode; /* of the socket, as in /proc/PID/fd */
+};
+
 /*
  * Stores in |*out| the user whose process holds the end at |peer| of the connection
  * between |local| and |peer|. Returns 0, or -ENOENT: no process of this host (this
@@ -18,13 +23,13 @@
  * -errno. Takes some microseconds, however many connections there are.
  */
 int sock_owner(const struct sock_address *local, const struct sock_address *peer,
-               uid_t *out);
+               struct sock_owner *out);
 
 /*
  * The same from /proc/net/tcp and tcp6, but never -EOPNOTSUPP. Reads through all
  * connections of the host, so it takes milliseconds when there are thousands.
  */
 int sock_owner_scan(const struct sock_address *local, const struct sock_address *peer,
-                    uid_t *out);
+                    struct sock_owner *out);
 
 #endif

@@ -6,6 +6,7 @@
  * the other, so they end in any order.
  */
 #include "mesh.h"
+#include "config.h"
 #include <string.h>
 #include <time.h>
 
@@ -202,7 +203,10 @@ static ERL_NIF_TERM make_data(ErlNifEnv *env, const struct meshx_event *event) {
     case MESHX_EVENT_DRAINED:
         return enif_make_list(env, 0);
     case MESHX_EVENT_UPSTREAM:
-        return make_answer(env, event, enif_make_uint(env, event->port));
+        return make_answer(env, event,
+                           enif_make_tuple3(env, event->direct ? am_direct : am_sidecar,
+                                            terms_text(env, event->address),
+                                            enif_make_uint(env, event->port)));
     case MESHX_EVENT_INFO:
         return make_answer(
             env, event, event->info != NULL ? make_info(env, event->info) : am_undefined);
@@ -279,226 +283,6 @@ static void on_release(void *context) {
     enif_free(subscriber);
 }
 
-/* ---- configuration ---- */
-
-/* What decode_config() allocates; a zeroed one is valid. */
-struct decoded {
-    struct meshx_config config;
-    char *texts[64]; /* every string, for the release */
-    size_t text_count;
-    struct meshx_setting *settings;
-    const char **command;
-    const char **environment;
-};
-
-static void free_texts(const char **texts) {
-    for (size_t i = 0; texts != NULL && texts[i] != NULL; i++) {
-        enif_free((char *)(uintptr_t)texts[i]);
-    }
-    enif_free((void *)texts);
-}
-
-static void decoded_fini(struct decoded *decoded) {
-    for (size_t i = 0; i < decoded->text_count; i++) {
-        enif_free(decoded->texts[i]);
-    }
-    for (size_t i = 0; decoded->settings != NULL && decoded->settings[i].name != NULL;
-         i++) {
-        enif_free((char *)(uintptr_t)decoded->settings[i].name);
-        enif_free((char *)(uintptr_t)decoded->settings[i].value);
-    }
-    enif_free(decoded->settings);
-    free_texts(decoded->command);
-    free_texts(decoded->environment);
-}
-
-static bool get_text(ErlNifEnv *env, ERL_NIF_TERM value, struct decoded *decoded,
-                     const char **out) {
-    char *text = terms_to_text(env, value);
-
-    if (text == NULL) {
-        return false;
-    }
-    decoded->texts[decoded->text_count++] = text;
-    *out = text;
-    return true;
-}
-
-/* Zeroed, with one item more than |list| has (new). NULL: no list, or no memory. */
-static void *alloc_array(ErlNifEnv *env, ERL_NIF_TERM list, size_t item_size) {
-    unsigned length;
-    void *array;
-
-    if (!enif_get_list_length(env, list, &length)) {
-        return NULL;
-    }
-    array = enif_alloc((length + 1) * item_size);
-    if (array != NULL) {
-        memset(array, 0, (length + 1) * item_size);
-    }
-    return array;
-}
-
-/* A list of binaries to an array ended by NULL. */
-static bool get_texts(ErlNifEnv *env, ERL_NIF_TERM list, const char ***out) {
-    ERL_NIF_TERM item;
-
-    *out = alloc_array(env, list, sizeof **out);
-    if (*out == NULL) {
-        return false;
-    }
-    for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
-        (*out)[i] = terms_to_text(env, item);
-        if ((*out)[i] == NULL) {
-            return false;
-        }
-    }
-    return true;
-}
-
-/* [{Name, Value}] to an array ended by a NULL name. */
-static bool get_settings(ErlNifEnv *env, ERL_NIF_TERM list, struct meshx_setting **out) {
-    ERL_NIF_TERM item;
-
-    *out = alloc_array(env, list, sizeof **out);
-    if (*out == NULL) {
-        return false;
-    }
-    for (size_t i = 0; enif_get_list_cell(env, list, &item, &list); i++) {
-        const ERL_NIF_TERM *pair;
-        int arity;
-        if (!enif_get_tuple(env, item, &arity, &pair) || arity != 2) {
-            return false;
-        }
-        (*out)[i].name = terms_to_text(env, pair[0]);
-        if ((*out)[i].name == NULL) {
-            return false;
-        }
-        (*out)[i].value = terms_to_text(env, pair[1]);
-        if ((*out)[i].value == NULL) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static bool get_range(ErlNifEnv *env, ERL_NIF_TERM value, struct meshx_port_range *out) {
-    const ERL_NIF_TERM *pair;
-    int arity;
-    unsigned first;
-    unsigned last;
-
-    if (!enif_get_tuple(env, value, &arity, &pair) || arity != 2 ||
-        !enif_get_uint(env, pair[0], &first) || !enif_get_uint(env, pair[1], &last) ||
-        first > UINT16_MAX || last > UINT16_MAX) {
-        return false;
-    }
-    out->first = (uint16_t)first;
-    out->last = (uint16_t)last;
-    return true;
-}
-
-/* The map of meshx_node_config:load/1 with listen_address and listen_port. On failure
- * |*culprit| is the key. */
-static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *decoded,
-                          ERL_NIF_TERM *culprit) {
-    struct meshx_config *config = &decoded->config;
-    const struct {
-        ERL_NIF_TERM key;
-        const char **out;
-        bool optional; /* the atom undefined is allowed */
-    } texts[] = {
-        {am_node, &config->node, false},
-        {am_service_id, &config->service_id, false},
-        {am_service_name, &config->service_name, false},
-        {am_listen_address, &config->listen_address, false},
-        {am_service_template, &config->service_template, true},
-        {am_upstream_template, &config->upstream_template, true},
-        {am_guard_path, &config->guard_path, false},
-        {am_sidecar_address, &config->sidecar_address, true},
-    };
-    const struct {
-        ERL_NIF_TERM key;
-        uint32_t *out;
-    } numbers[] = {
-        {am_sidecar_restart_min, &config->sidecar_restart_min},
-        {am_sidecar_restart_max, &config->sidecar_restart_max},
-        {am_ttl, &config->ttl},
-        {am_deregister_after, &config->deregister_after},
-        {am_start_timeout, &config->start_timeout},
-        {am_request_timeout, &config->request_timeout},
-        {am_stop_timeout, &config->stop_timeout},
-        {am_upstream_keep, &config->upstream_keep},
-    };
-    ERL_NIF_TERM value;
-    unsigned number;
-
-    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
-        *culprit = texts[i].key;
-        if (!enif_get_map_value(env, map, texts[i].key, &value)) {
-            return false;
-        }
-        if (!(texts[i].optional && enif_is_identical(value, am_undefined)) &&
-            !get_text(env, value, decoded, texts[i].out)) {
-            return false;
-        }
-    }
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
-        *culprit = numbers[i].key;
-        if (!enif_get_map_value(env, map, numbers[i].key, &value) ||
-            !enif_get_uint(env, value, &number)) {
-            return false;
-        }
-        *numbers[i].out = number;
-    }
-    *culprit = am_listen_port;
-    if (!enif_get_map_value(env, map, am_listen_port, &value) ||
-        !enif_get_uint(env, value, &number) || number > UINT16_MAX) {
-        return false;
-    }
-    config->listen_port = (uint16_t)number;
-    *culprit = am_sidecar_ports;
-    if (!enif_get_map_value(env, map, am_sidecar_ports, &value) ||
-        !get_range(env, value, &config->sidecar_ports)) {
-        return false;
-    }
-    *culprit = am_upstream_ports;
-    if (!enif_get_map_value(env, map, am_upstream_ports, &value) ||
-        !get_range(env, value, &config->upstream_ports)) {
-        return false;
-    }
-    *culprit = am_consul;
-    if (!enif_get_map_value(env, map, am_consul, &value) ||
-        !get_settings(env, value, &decoded->settings)) {
-        return false;
-    }
-    config->consul = decoded->settings;
-    *culprit = am_sidecar_environment;
-    if (!enif_get_map_value(env, map, am_sidecar_environment, &value) ||
-        !get_texts(env, value, &decoded->environment)) {
-        return false;
-    }
-    config->sidecar_environment = decoded->environment;
-    *culprit = am_sidecar_command;
-    if (!enif_get_map_value(env, map, am_sidecar_command, &value) ||
-        (!enif_is_identical(value, am_none) &&
-         !get_texts(env, value, &decoded->command))) {
-        return false;
-    }
-    config->sidecar_command = decoded->command; /* NULL for none */
-    *culprit = am_force_registration;
-    if (!enif_get_map_value(env, map, am_force_registration, &value)) {
-        return false;
-    }
-    config->force_registration = enif_is_identical(value, am_true);
-    *culprit = am_intention_directions;
-    if (!enif_get_map_value(env, map, am_intention_directions, &value)) {
-        return false;
-    }
-    config->dial_direction_only = enif_is_identical(value, am_dial);
-    return true;
-}
-
 /* ---- NIFs ---- */
 
 /* mesh_open(Config, Tag) -> {ok, Mesh} | stopping | {error, {Code, Text}}
@@ -506,7 +290,7 @@ static bool decode_config(ErlNifEnv *env, ERL_NIF_TERM map, struct decoded *deco
  * nothing orders their requests, so its deregistration could hit the new one. */
 ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct library *library = enif_priv_data(env);
-    struct decoded decoded = {0};
+    struct config config = {0};
     struct meshx_failure failure = {.code = MESHX_ENOMEM, .text = "out of memory"};
     struct meshx_callbacks callbacks = {.event = on_event, .release = on_release};
     struct subscriber *subscriber = NULL;
@@ -520,7 +304,7 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     if (!atomic_compare_exchange_strong(&library->occupied, &occupied, true)) {
         return am_stopping;
     }
-    if (!decode_config(env, argv[0], &decoded, &culprit)) {
+    if (!config_read(env, argv[0], &config, &culprit)) {
         char key[64] = "?";
         enif_get_atom(env, culprit, key, sizeof key, ERL_NIF_LATIN1);
         failure.code = MESHX_ECONFIG;
@@ -549,7 +333,7 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
         goto fail;
     }
     callbacks.context = subscriber;
-    rc = meshx_mesh_open(library->loop, &decoded.config, &callbacks, &mesh->handle,
+    rc = meshx_mesh_open(library->loop, &config.values, &callbacks, &mesh->handle,
                          &failure);
     if (rc != MESHX_OK) {
         failure.code = rc;
@@ -557,7 +341,7 @@ ERL_NIF_TERM nif_mesh_open(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     }
     result = enif_make_tuple2(env, am_ok, enif_make_resource(env, mesh));
     enif_release_resource(mesh);
-    decoded_fini(&decoded);
+    config_fini(&config);
     return result;
 
 fail:
@@ -572,7 +356,7 @@ fail:
         }
         enif_free(subscriber);
     }
-    decoded_fini(&decoded);
+    config_fini(&config);
     return result;
 }
 
@@ -582,18 +366,23 @@ static ERL_NIF_TERM make_result(ErlNifEnv *env, int rc) {
     return rc == MESHX_OK ? am_ok : enif_make_tuple2(env, am_error, code);
 }
 
-static enum meshx_upstream_mode get_mode(ERL_NIF_TERM term) {
-    return enif_is_identical(term, am_ask)      ? MESHX_UPSTREAM_ASK
-           : enif_is_identical(term, am_accept) ? MESHX_UPSTREAM_ACCEPT
-                                                : MESHX_UPSTREAM_DIAL;
+/* Is |mode| {accept, Socket}? */
+static bool get_socket(ErlNifEnv *env, ERL_NIF_TERM mode, unsigned *socket) {
+    const ERL_NIF_TERM *pair;
+    int arity;
+
+    return enif_get_tuple(env, mode, &arity, &pair) && arity == 2 &&
+           enif_get_uint(env, pair[1], socket);
 }
 
-/* mesh_upstream(Mesh, Request, Node, ServiceName, Mode) -> ok | {error, Code} */
+/* mesh_upstream(Mesh, Request, Node, ServiceName, dial | ask | {accept, Socket}) ->
+ *     ok | {error, Code} */
 ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
     ErlNifUInt64 request;
     char *node = NULL;
     char *service_name = NULL;
+    unsigned socket = 0;
     ERL_NIF_TERM result;
     int rc = MESHX_ESTOPPED;
 
@@ -606,8 +395,12 @@ ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv
     }
     enif_mutex_lock(mesh->lock);
     if (mesh->handle != NULL) {
-        rc = meshx_mesh_upstream(mesh->handle, request, node, service_name,
-                                 get_mode(argv[4]));
+        rc = get_socket(env, argv[4], &socket)
+                 ? meshx_mesh_accept(mesh->handle, request, node, service_name, socket)
+                 : meshx_mesh_upstream(mesh->handle, request, node, service_name,
+                                       enif_is_identical(argv[4], am_ask)
+                                           ? MESHX_UPSTREAM_ASK
+                                           : MESHX_UPSTREAM_DIAL);
     }
     enif_mutex_unlock(mesh->lock);
     result = make_result(env, rc);

@@ -6,7 +6,7 @@
  *
  *   ready     []
  *   failed    {Code, Text}                                  start failed, undone
- *   upstream  {Request, {ok, Port} | {error, {Code, Text}}}
+ *   upstream  {Request, {ok, {sidecar | direct, Address, Port}} | {error, {Code, Text}}}
  *   link_denied  {Link, {Code, Text}}
  *   link_health  {Link, undefined | Text}
  *   info      {Request, {ok, Map} | {error, {Code, Text}}}

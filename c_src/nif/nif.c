@@ -12,7 +12,7 @@
 /* Changes with the arguments of any NIF, so that a stale .so beside a newer .beam (or the
  * other way round) fails to load instead of misbehaving. In step with meshx_node_nif.erl.
  */
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* How long unload lets node services stop in order; it blocks a scheduler meanwhile. */
 #define UNLOAD_GRACE_MS 500
@@ -93,6 +93,7 @@ static ErlNifFunc functions[] = {
     {"controlling_process", 2, nif_controlling_process, 0},
     {"address", 2, nif_address, 0},
     {"peer_uid", 1, nif_peer_uid, 0},
+    {"peer_socket", 1, nif_peer_socket, 0},
     {"close", 1, nif_close, 0},
     {"setopt", 3, nif_setopt, 0},
     {"getopt", 2, nif_getopt, 0},

@@ -420,7 +420,7 @@ static ERL_NIF_TERM scan_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM a
     struct socket *socket = socket_get(env, argv[0]);
     struct sock_address local;
     struct sock_address peer;
-    uid_t uid = 0;
+    struct sock_owner owner = {0};
     int rc;
 
     (void)argc;
@@ -429,9 +429,9 @@ static ERL_NIF_TERM scan_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM a
     }
     rc = get_ends(socket, &local, &peer);
     if (rc == 0) {
-        rc = sock_owner_scan(&local, &peer, &uid);
+        rc = sock_owner_scan(&local, &peer, &owner);
     }
-    return make_peer_uid(env, rc, uid);
+    return make_peer_uid(env, rc, owner.uid);
 }
 
 /* peer_uid(Link) -> {ok, own | Uid} | {error, enoent | closed | Posix}
@@ -440,7 +440,7 @@ ERL_NIF_TERM nif_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct socket *socket = socket_get(env, argv[0]);
     struct sock_address local;
     struct sock_address peer;
-    uid_t uid = 0;
+    struct sock_owner owner = {0};
     int rc;
 
     if (socket == NULL) {
@@ -448,13 +448,31 @@ ERL_NIF_TERM nif_peer_uid(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     }
     rc = get_ends(socket, &local, &peer);
     if (rc == 0) {
-        rc = sock_owner(&local, &peer, &uid);
+        rc = sock_owner(&local, &peer, &owner);
     }
     if (rc == -EOPNOTSUPP) {
         return enif_schedule_nif(env, "peer_uid", ERL_NIF_DIRTY_JOB_IO_BOUND,
                                  scan_peer_uid, argc, argv);
     }
-    return make_peer_uid(env, rc, uid);
+    return make_peer_uid(env, rc, owner.uid);
+}
+
+/* peer_socket(Link) -> Inode of the other end, 0: it is not our own user's, or not known
+ */
+ERL_NIF_TERM nif_peer_socket(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct socket *socket = socket_get(env, argv[0]);
+    struct sock_address local;
+    struct sock_address peer;
+    struct sock_owner owner = {0};
+    bool is_own;
+
+    (void)argc;
+    if (socket == NULL) {
+        return enif_make_badarg(env);
+    }
+    is_own = get_ends(socket, &local, &peer) == 0 &&
+             sock_owner(&local, &peer, &owner) == 0 && owner.uid == geteuid();
+    return enif_make_uint(env, is_own ? owner.inode : 0);
 }
 
 /* close(Socket) -> ok */

@@ -11,14 +11,14 @@
 /* X(name): an atom of the same spelling, reachable as am_<name>. */
 /* clang-format off */
 #define TERMS_ATOMS(X) \
-    X(accept) X(dial) X(dialed) X(intention_directions) X(link_denied) X(link_health) \
-    X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(deregister_after) X(drained) \
+    X(dial) X(dialed) X(intention_directions) X(link_denied) X(link_health) \
+    X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(control_node) X(deregister_after) X(direct) X(drained) \
     X(error) X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
     X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \
     X(log) X(meshx_event) X(more) X(node) X(nodelay) X(none) X(notice) X(ok) X(output) X(own) X(port) \
     X(priority) X(ready) X(recbuf) X(registered) X(registrations) X(repairs) \
     X(request_failures) X(request_timeout) X(requests) X(reuseaddr) X(service_id) \
-    X(service_name) X(service_template) X(sidecar_accepts) X(sidecar_address) \
+    X(service_name) X(service_template) X(sidecar) X(sidecar_accepts) X(sidecar_address) \
     X(sidecar_command) X(sidecar_environment) X(sidecar_pid) X(sidecar_port) \
     X(sidecar_ports) X(sidecar_restart_max) X(sidecar_restart_min) X(sidecar_starts) \
     X(sndbuf) X(start_timeout) X(starting) X(state) X(stderr) X(stdout) \

@@ -247,6 +247,15 @@ static void services(void **state) {
     assert_null(service.node);
     document_service_fini(&service);
 
+    static const char sidecar[] =
+        "{\"Address\":\"\",\"Port\":22000,\"Proxy\":{\"LocalServiceAddress\":\"::1\","
+        "\"LocalServicePort\":4370}}";
+    assert_int_equal(parse(service_parser, sidecar, sizeof sidecar - 1, &service, NULL),
+                     MESHX_OK);
+    assert_string_equal(service.local_address, "::1");
+    assert_int_equal(service.local_port, 4370);
+    document_service_fini(&service);
+
     static const char other[] = "{\"Address\":\"10.0.0.1\",\"Port\":65535}";
     assert_int_equal(parse(service_parser, other, sizeof other - 1, &service, NULL),
                      MESHX_OK);
@@ -269,6 +278,9 @@ static void wrong_services(void **state) {
         {"{\"Address\":\"\",\"Port\":-1}", "Port should be 0 to 65535"},
         {"{\"Address\":\"\",\"Port\":65536}", "Port should be 0 to 65535"},
         {"{\"Address\":\"\",\"Port\":1,\"Meta\":7}", "Meta should be an object"},
+        {"{\"Address\":\"\",\"Port\":1,\"Proxy\":[]}", "Proxy should be an object"},
+        {"{\"Address\":\"\",\"Port\":1,\"Proxy\":{\"LocalServicePort\":70000}}",
+         "LocalServicePort should be 0 to 65535"},
         {"{\"Address\":\"\",\"Port\":1,\"Meta\":{\"node\":[]}}",
          "node should be a string, but is an array"},
     };

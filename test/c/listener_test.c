@@ -6,7 +6,9 @@
 #include <errno.h>
 #include <linux/capability.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -202,6 +204,82 @@ static void without_diagnostics_nothing_is_known(void **state) {
     close(fd);
 }
 
+/* A connection is no listener, though it has the same port. */
+static void its_user_is_told(void **state) {
+    (void)state;
+    const struct sock_options options = SOCK_OPTIONS_DEFAULT;
+    static const char *const places[] = {"127.0.0.1", "0.0.0.0", "::1", "::"};
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
+        struct sock_address address;
+        struct sock_address peer;
+        uid_t user = geteuid() + 1;
+        int connection = -1;
+        int accepted = -1;
+        int fd = open_listener(places[i], &address);
+        assert_int_equal(listener_user(&address, &user), 0);
+        assert_int_equal(user, geteuid());
+        connection = socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(
+            connect(connection, (struct sockaddr *)&address.storage, address.size), 0);
+        assert_int_equal(send(connection, "x", 1, 0), 1); /* accept is deferred */
+        while (sock_accept(fd, &options, &accepted, &peer) == -EAGAIN) {
+        }
+        close(fd);
+        assert_int_equal(listener_user(&address, &user), -ENOENT);
+        close(accepted);
+        close(connection);
+    }
+    struct sock_address elsewhere;
+    struct sock_address address;
+    uid_t user;
+    int fd = open_listener("127.0.0.1", &address);
+    assert_int_equal(sock_address_parse("127.0.0.2", sock_port(&address), &elsewhere), 0);
+    assert_int_equal(listener_user(&elsewhere, &user), -ENOENT);
+    close(fd);
+}
+
+/* A connection's end, here that of a listener, in the family of a guard. */
+static void descendants_are_found(void **state) {
+    (void)state;
+    struct stat status;
+    struct sock_address address;
+    pid_t grandchild = 0;
+    int fd = open_listener("127.0.0.1", &address);
+    assert_int_equal(fstat(fd, &status), 0);
+    uint32_t inode = (uint32_t)status.st_ino;
+    pid_t guard = fork();
+    if (guard == 0) { /* whose child keeps it */
+        if (fork() != 0) {
+            close(fd);
+        }
+        for (;;) {
+            pause();
+        }
+    }
+    pid_t other = fork_family(fd, &grandchild);
+    while (listener_descendant(inode, guard) != LISTENER_FAMILY) {
+        usleep(1000);
+    }
+    while (listener_descendant(inode, other) != LISTENER_OTHER) {
+        usleep(1000);
+    }
+    assert_int_equal(listener_descendant(inode, getpid()), LISTENER_FAMILY);
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%ld/task/%ld/children", (long)guard, (long)guard);
+    FILE *children = fopen(path, "r");
+    long child = 0;
+    assert_non_null(children);
+    assert_int_equal(fscanf(children, "%ld", &child), 1);
+    fclose(children);
+    kill((pid_t)child, SIGKILL);
+    kill(guard, SIGKILL);
+    kill(grandchild, SIGKILL);
+    kill(other, SIGKILL);
+    assert_int_equal(waitpid(guard, NULL, 0), guard);
+    assert_int_equal(waitpid(other, NULL, 0), other);
+    close(fd);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(nobody_is_there),
@@ -211,6 +289,8 @@ int main(void) {
         cmocka_unit_test(another_users_are_not_taken_for_others),
         cmocka_unit_test(connections_are_seen),
         cmocka_unit_test(without_diagnostics_nothing_is_known),
+        cmocka_unit_test(its_user_is_told),
+        cmocka_unit_test(descendants_are_found),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

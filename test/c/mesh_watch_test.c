@@ -89,14 +89,10 @@ static void one_direction_if_wished(void **state) {
     link_up(node, 2, "peer@test", false);
     char *there = deny("oneway@test", "peer@test");
     node_wait(node, MESHX_EVENT_LINK_DENIED, 1, "oneway@test => peer@test");
-    assert_int_equal(
-        node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ACCEPT)->code,
-        MESHX_OK);
+    assert_int_equal(node_accept(node, "peer@test", "peer@test")->code, MESHX_OK);
     char *back = deny("peer@test", "oneway@test");
     node_wait(node, MESHX_EVENT_LINK_DENIED, 2, "peer@test => oneway@test");
-    assert_int_equal(
-        node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ACCEPT)->code,
-        MESHX_EDENIED);
+    assert_int_equal(node_accept(node, "peer@test", "peer@test")->code, MESHX_EDENIED);
     allow_again(there);
     assert_int_equal(
         node_upstream(node, "peer@test", "peer@test", MESHX_UPSTREAM_ASK)->code,

@@ -90,6 +90,7 @@ static void on_event(const struct meshx_event *event, void *context) {
         record->request = event->request;
         record->code = event->failure != NULL ? event->failure->code : MESHX_OK;
         record->port = event->port;
+        record->direct = event->direct;
         record->level = event->level;
         snprintf(record->text, sizeof record->text, "%s", text != NULL ? text : "");
         if (event->info != NULL) {
@@ -298,6 +299,14 @@ const struct node_event *node_upstream(struct node *node, const char *other,
                                        enum meshx_upstream_mode mode) {
     uint64_t request = ++node->requests;
     assert_int_equal(meshx_mesh_upstream(node->mesh, request, other, service_name, mode),
+                     MESHX_OK);
+    return node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL);
+}
+
+const struct node_event *node_accept(struct node *node, const char *other,
+                                     const char *service_name) {
+    uint64_t request = ++node->requests;
+    assert_int_equal(meshx_mesh_accept(node->mesh, request, other, service_name, 0),
                      MESHX_OK);
     return node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL);
 }

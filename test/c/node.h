@@ -19,6 +19,7 @@ struct node_event {
     uint64_t request;
     int code; /* of the failure, MESHX_OK without one */
     uint16_t port;
+    bool direct;
     enum meshx_level level;
     char text[600];         /* of the failure, the log or the output */
     struct meshx_info info; /* without its pointers */
@@ -30,7 +31,7 @@ struct node {
     char name[64];
     struct meshx_config config; /* to be changed before node_open() */
     struct meshx_setting settings[3];
-    const char *command[6];
+    const char *command[7];
     const char *environment[3];
     char environment_text[128];
     int listener;
@@ -75,6 +76,8 @@ const struct node_event *node_info(struct node *node);
 const struct node_event *node_upstream(struct node *node, const char *other,
                                        const char *service_name,
                                        enum meshx_upstream_mode mode);
+const struct node_event *node_accept(struct node *node, const char *other,
+                                     const char *service_name);
 /* What meshx_mesh_info() returns; for a node that answers no more. */
 int node_info_refused(struct node *node);
 /* Stops it and waits for STOPPED. */

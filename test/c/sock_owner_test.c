@@ -75,22 +75,22 @@ static void close_connection(struct connection *connection) {
 }
 
 typedef int (*ask)(const struct sock_address *local, const struct sock_address *peer,
-                   uid_t *out);
+                   struct sock_owner *out);
 static const ask ways[] = {sock_owner, sock_owner_scan};
 
 static void assert_owner(const struct connection *connection, uid_t expected) {
     for (size_t i = 0; i < 2; i++) {
-        uid_t uid = 4711;
-        assert_int_equal(ways[i](&connection->local, &connection->peer, &uid), 0);
-        assert_int_equal(uid, expected);
+        struct sock_owner owner = {.uid = 4711};
+        assert_int_equal(ways[i](&connection->local, &connection->peer, &owner), 0);
+        assert_int_equal(owner.uid, expected);
     }
 }
 
 static void assert_nobody(const struct connection *connection) {
     for (size_t i = 0; i < 2; i++) {
-        uid_t uid = 4711;
-        assert_int_equal(ways[i](&connection->local, &connection->peer, &uid), -ENOENT);
-        assert_int_equal(uid, 4711);
+        struct sock_owner owner = {.uid = 4711};
+        assert_int_equal(ways[i](&connection->local, &connection->peer, &owner), -ENOENT);
+        assert_int_equal(owner.uid, 4711);
     }
 }
 
@@ -226,9 +226,9 @@ static void listener_is_not_taken_for_it(void **state) {
     assert_true(try_listen("127.0.0.1", &other));
     assert_int_equal(sock_local(other.listener, &connection.peer), 0);
     for (size_t i = 0; i < 2; i++) {
-        uid_t uid = 4711;
-        assert_true(ways[i](&connection.local, &connection.peer, &uid) < 0);
-        assert_int_equal(uid, 4711);
+        struct sock_owner owner = {.uid = 4711};
+        assert_true(ways[i](&connection.local, &connection.peer, &owner) < 0);
+        assert_int_equal(owner.uid, 4711);
     }
     close(other.listener);
     close(connection.client);
@@ -243,13 +243,13 @@ static void no_descriptor_left(void **state) {
     assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
     struct rlimit limit = {(rlim_t)next_fd(), before.rlim_max};
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
-    uid_t uid = 4711;
-    int results[] = {sock_owner(&connection.local, &connection.peer, &uid),
-                     sock_owner_scan(&connection.local, &connection.peer, &uid)};
+    struct sock_owner owner = {.uid = 4711};
+    int results[] = {sock_owner(&connection.local, &connection.peer, &owner),
+                     sock_owner_scan(&connection.local, &connection.peer, &owner)};
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
     assert_int_equal(results[0], -EMFILE);
     assert_int_equal(results[1], -EMFILE);
-    assert_int_equal(uid, 4711);
+    assert_int_equal(owner.uid, 4711);
     assert_owner(&connection, geteuid());
     close(connection.client);
     close_connection(&connection);
@@ -280,12 +280,12 @@ static void without_netlink(void **state) {
     pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
-        uid_t uid = 4711;
+        struct sock_owner owner = {.uid = 4711};
         refuse_netlink_sockets();
         bool right =
-            sock_owner(&connection.local, &connection.peer, &uid) == -EOPNOTSUPP &&
-            sock_owner_scan(&connection.local, &connection.peer, &uid) == 0 &&
-            uid == geteuid();
+            sock_owner(&connection.local, &connection.peer, &owner) == -EOPNOTSUPP &&
+            sock_owner_scan(&connection.local, &connection.peer, &owner) == 0 &&
+            owner.uid == geteuid();
         _exit(right ? 0 : 1);
     }
     assert_int_equal(waitpid(child, &status, 0), child);
@@ -297,11 +297,11 @@ static void without_netlink(void **state) {
 static void no_internet_address(void **state) {
     (void)state;
     struct sock_address none;
-    uid_t uid;
+    struct sock_owner owner;
     memset(&none, 0, sizeof none);
     none.storage.ss_family = AF_UNIX;
-    assert_int_equal(sock_owner(&none, &none, &uid), -EAFNOSUPPORT);
-    assert_int_equal(sock_owner_scan(&none, &none, &uid), -EAFNOSUPPORT);
+    assert_int_equal(sock_owner(&none, &none, &owner), -EAFNOSUPPORT);
+    assert_int_equal(sock_owner_scan(&none, &none, &owner), -EAFNOSUPPORT);
 }
 
 int main(void) {

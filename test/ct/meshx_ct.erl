@@ -9,7 +9,7 @@
 -module(meshx_ct).
 
 -export([init_suite/1, init_suite/2, end_suite/1, end_case/1, nothing_is_left/1, root/0]).
--export([start/3, start_all/2, start_all/3, vm/2, net_start/2, net_start/3, erl/3]).
+-export([start/3, start_all/2, start_all/3, vm/2, net_start/2, net_start/3, erl/3, environment/2]).
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, crash/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
@@ -379,6 +379,7 @@ arguments(Log, Options) ->
     ].
 
 %% Of our own environment only what says nothing about Consul, this library or Erlang's flags.
+-spec environment(meshx_ct_agent:agent(), options()) -> [{string(), string() | false}].
 environment(Agent, Options) ->
     Unset = [
         {Name, false}

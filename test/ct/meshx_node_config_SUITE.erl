@@ -81,7 +81,7 @@ defaults(Config) ->
     ?assert(is_binary(Guard)),
     ?assertEqual({absolute, <<"meshx_guard">>}, {filename:pathtype(Guard), filename:basename(Guard)}),
     %% Exactly what config() says, no more: neither the NIF nor people get raw values.
-    ?assertEqual(27, map_size(Loaded)).
+    ?assertEqual(28, map_size(Loaded)).
 
 order_of_sources(_) ->
     Flags = ["-meshx_node", "ttl", "4000", "-meshx_node", "stop_timeout", "1", "service_name", "dns"],
@@ -455,7 +455,7 @@ readme_has_the_table(_) ->
 
 table_has_all_keys(_) ->
     Rows = tl(tl(string:split(string:trim(unicode:characters_to_list(meshx_node_config:table())), "\n", all))),
-    ?assertEqual(34, length(Rows)),
+    ?assertEqual(35, length(Rows)),
     Cells = [string:split(string:trim(Row, both, "| "), " | ", all) || Row <- Rows],
     [?assertMatch([_, _, _, _, _, _], Row) || Row <- Cells],
     %% As sh reads the examples; all at once.

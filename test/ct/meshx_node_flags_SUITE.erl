@@ -12,7 +12,6 @@ all() ->
         epmd_is_not_needed_without_flags,
         connect_all_false,
         hidden,
-        dist_listen_false,
         use_interface,
         use_interface_ipv6,
         bad_interface,
@@ -112,14 +111,6 @@ hidden(Config) ->
     ?assertEqual({[], [Hidden]}, meshx_ct:call(PlainNode, fun() -> {nodes(), nodes(hidden)} end)),
     ?assertEqual({[], [Plain]}, meshx_ct:call(Node, fun() -> {nodes(), nodes(hidden)} end)),
     works(Config, Node).
-
-%% A node that only dials: OTP has it for control nodes. It is no service, so it has no sidecar
-%% to dial through, and says so.
-dist_listen_false(Config) ->
-    Node = start(Config, mute, ["-dist_listen", "false"]),
-    ?assertEqual(none, meshx_ct:service(Node)),
-    ?assertNot(meshx_ct:connect(Node, plain(Config))),
-    ?assertMatch([_], [Line || Line <- meshx_ct:own_lines(Node, 0), binary:match(Line, <<"no link to plain@">>) =/= nomatch]).
 
 %%% kernel's inet_dist_*
 

@@ -8,7 +8,7 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([init_per_testcase/2, end_per_testcase/2]).
--export([plain_erl/1, iex/1, mix_git/1, rebar3_git/1, rebar3_checkout/1]).
+-export([plain_erl/1, iex/1, mix_git/1, mix_release/1, rebar3_git/1, rebar3_checkout/1]).
 
 %% What is typed into both nodes' shells and what must come back.
 -record(shell, {
@@ -48,7 +48,7 @@ suite() ->
     [{timetrap, {minutes, 10}}].
 
 all() ->
-    [plain_erl, iex, mix_git, rebar3_git, rebar3_checkout].
+    [plain_erl, iex, mix_git, mix_release, rebar3_git, rebar3_checkout].
 
 %% The working tree, uncommitted changes too, becomes a git repository that projects can name.
 init_per_suite(Config) ->
@@ -107,6 +107,32 @@ mix_git(Config) ->
             [N]
         )
     end).
+
+%% The release's commands start nodes of their own, which register nothing.
+mix_release(Config) ->
+    Copy = copy_of_source(Config),
+    Project = template(mix_project, ["{:meshx_node, path: \"", Copy, "\"}"], Config),
+    run(Config, Project, [
+        "mix do deps.get, release.init && printf -- '-proto_dist meshx_node\\n-start_epmd false\\n'"
+        " | tee rel/vm.args.eex >rel/remote.vm.args.eex && mix release"
+    ]),
+    Command = "_build/dev/rel/uses_meshx_node/bin/uses_meshx_node ",
+    Node = "uses_meshx_node@" ++ meshx_ct:host(),
+    Release = meshx_ct_terminal:open(Command ++ "start_iex", Project, environment(Config)),
+    meshx_ct_terminal:expect(Release, ["^iex\\(", Node, "\\)1> "]),
+    Registered = [list_to_binary(Node), list_to_binary(Node ++ "-sidecar-proxy")],
+    run(Config, Project, [
+        Command, "rpc '[_] = Node.list(:hidden)' && test $(", Command, "pid) -gt 1"
+    ]),
+    Remote = meshx_ct_terminal:open(
+        Command ++ "remote", Project, [{"TERM", "xterm"} | environment(Config)]
+    ),
+    meshx_ct_terminal:expect(Remote, ["^iex\\(", Node, "\\)1> "]),
+    ask(Remote, {"length(Node.list(:hidden))", "^1$"}),
+    ?assertEqual(Registered, maps:keys(meshx_ct_agent:services(?config(agent, Config)))),
+    run(Config, Project, [Command, "stop"]),
+    meshx_ct_terminal:ended(Release),
+    ?assertEqual(#{}, meshx_ct_agent:services(?config(agent, Config))).
 
 rebar3_git(Config) ->
     Dependency = ["{meshx_node, {git, \"file://", ?config(source, Config), "\", {branch, \"main\"}}}"],

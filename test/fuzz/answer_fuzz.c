@@ -98,18 +98,23 @@ static void check_service(struct fuzz_input body, const char *bytes) {
     int code = document_parse_service(bytes, body.size, &found, &failure);
     if (code != MESHX_OK) {
         check_code(code, &failure);
-        CHECK(found.node == NULL && found.address == NULL);
+        CHECK(found.node == NULL && found.address == NULL && found.local_address == NULL);
         return;
     }
     CHECK(found.address != NULL);
-    json_t *service = json_pack("{s:s, s:i, s:{s:s*}}", "Address", found.address, "Port",
-                                (int)found.port, "Meta", DOCUMENT_META_NODE, found.node);
+    json_t *service =
+        json_pack("{s:s, s:i, s:{s:s*}, s:{s:s*, s:i}}", "Address", found.address, "Port",
+                  (int)found.port, "Meta", DOCUMENT_META_NODE, found.node, "Proxy",
+                  "LocalServiceAddress", found.local_address, "LocalServicePort",
+                  (int)found.local_port);
     char *text = json_dumps(service, 0);
     CHECK(text != NULL);
     CHECK(document_parse_service(text, strlen(text), &again, &failure) == MESHX_OK);
     CHECK(same(found.node, again.node));
     CHECK(same(found.address, again.address));
     CHECK(found.port == again.port);
+    CHECK(same(found.local_address, again.local_address));
+    CHECK(found.local_port == again.local_port);
     document_service_fini(&again);
     free(text);
     json_decref(service);

@@ -66,6 +66,7 @@ static void check_config(const struct mesh_config *config,
     CHECK(values->service_id[0] != '\0' && strchr(values->service_id, '/') == NULL);
     CHECK(values->sidecar_command == NULL || values->sidecar_command[0][0] != '\0');
     CHECK(values->sidecar_command == NULL || values->guard_path != NULL);
+    CHECK(values->listen_port > 0 || values->control_node);
     CHECK(values->sidecar_ports.first > 0);
     CHECK(values->sidecar_ports.first <= values->sidecar_ports.last);
     CHECK(values->sidecar_restart_min <= values->sidecar_restart_max);
@@ -124,6 +125,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     from.sidecar_ports.last = (uint16_t)fuzz_number(&input, 2);
     from.upstream_ports.first = (uint16_t)fuzz_number(&input, 2);
     from.upstream_ports.last = (uint16_t)fuzz_number(&input, 2);
+    from.control_node = fuzz_number(&input, 1) % 2 == 1;
 
     struct meshx_failure failure = {0};
     struct mesh_config config;
