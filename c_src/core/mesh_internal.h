@@ -193,8 +193,8 @@ struct mesh_registration {
     uint64_t wanted;
     uint64_t sent;
     uint64_t applied;
-    uint64_t lost;   /* revision that repairs what the agent has lost; 0: nothing.
-                        Also one that has nothing new but the token. */
+    uint64_t lost;        /* revision that repairs what the agent has lost; 0: nothing.
+                             Also one that has nothing new but the token. */
     uint64_t repaired_at; /* loop_now() when the last such one was applied */
     uint64_t moving; /* revision after which the sidecar restarts at its new port; 0 */
     bool in_flight;
