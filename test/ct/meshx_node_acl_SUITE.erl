@@ -230,7 +230,7 @@ nobody_is_allowed_without_an_intention(Config) ->
     meshx_ct:wait("the link's end", fun() -> meshx_ct:call(One, erlang, nodes, []) =:= [] end, 5000),
     [?assertMatch({match, _}, re:run(Line, "default policy")) || Line <- meshx_ct:own_lines(One, Mark)].
 
-%% But for the own service's, which the sidecar reads too: the nodes can't see which intention it is,
+%% But for the own service's, which the sidecar reads too: the nodes may not see which intention it is,
 %% and are cut off all the same.
 without_the_right_to_read_intentions(Config) ->
     Agent = proplists:get_value(agent, Config),
