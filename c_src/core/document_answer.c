@@ -124,8 +124,44 @@ static int read_check(json_t *check, char **out, struct meshx_failure *failure) 
     return MESHX_OK;
 }
 
-static int read_instance(json_t *entry, struct document_instance *out,
-                         struct meshx_failure *failure) {
+/* Reads |entry| into |item|, which is zeroed; what there is of it on failure is the
+ * caller's to free. */
+typedef int read_item(json_t *entry, void *item, struct meshx_failure *failure);
+
+struct list {
+    void *items;
+    size_t count;
+};
+
+/* Reads the array that |what| names, |item_size| bytes an item. On failure too |*out| has
+ * what was read. */
+static int parse_list(const char *body, size_t size, const char *what, size_t item_size,
+                      read_item *read, struct list *out, struct meshx_failure *failure) {
+    json_t *answer = NULL;
+    *out = (struct list){0};
+    int result = parse_answer(body, size, &answer, failure);
+    if (result == MESHX_OK && !json_is_array(answer)) {
+        result = answer_failure(failure, what, "an array", answer);
+    }
+    size_t count = result == MESHX_OK ? json_array_size(answer) : 0;
+    if (count > 0) {
+        out->items = calloc(count, item_size);
+        if (out->items == NULL) {
+            result = document_out_of_memory(failure);
+        } else {
+            out->count = count;
+        }
+    }
+    for (size_t i = 0; i < out->count && result == MESHX_OK; i++) {
+        result =
+            read(json_array_get(answer, i), (char *)out->items + i * item_size, failure);
+    }
+    json_decref(answer);
+    return result;
+}
+
+static int read_instance(json_t *entry, void *item, struct meshx_failure *failure) {
+    struct document_instance *out = item;
     json_t *agent = NULL;
     json_t *service = NULL;
     json_t *checks = NULL;
@@ -159,34 +195,13 @@ static int read_instance(json_t *entry, struct document_instance *out,
 int document_parse_instances(const char *body, size_t size,
                              struct document_instances *out,
                              struct meshx_failure *failure) {
-    struct document_instances found = {0};
-    json_t *answer = NULL;
-    *out = found;
-    int result = parse_answer(body, size, &answer, failure);
+    struct list list;
+    int result = parse_list(body, size, "the list of instances", sizeof *out->items,
+                            read_instance, &list, failure);
+    *out = (struct document_instances){.items = list.items, .count = list.count};
     if (result != MESHX_OK) {
-        return result;
+        document_instances_fini(out);
     }
-    if (!json_is_array(answer)) {
-        result = answer_failure(failure, "the list of instances", "an array", answer);
-    }
-    size_t count = json_array_size(answer);
-    if (count > 0) {
-        found.items = calloc(count, sizeof *found.items);
-        if (found.items == NULL) {
-            result = document_out_of_memory(failure);
-        } else {
-            found.count = count;
-        }
-    }
-    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
-        result = read_instance(json_array_get(answer, i), &found.items[i], failure);
-    }
-    if (result == MESHX_OK) {
-        *out = found;
-    } else {
-        document_instances_fini(&found);
-    }
-    json_decref(answer);
     return result;
 }
 
@@ -276,22 +291,8 @@ int document_parse_allowed(const char *body, size_t size, bool *out,
     return result;
 }
 
-/* |*out|: an array (new); NULL on failure. */
-static int parse_list(const char *body, size_t size, const char *what, json_t **out,
-                      struct meshx_failure *failure) {
-    json_t *answer = NULL;
-    int result = parse_answer(body, size, &answer, failure);
-    if (result == MESHX_OK && !json_is_array(answer)) {
-        result = answer_failure(failure, what, "an array", answer);
-        json_decref(answer);
-        answer = NULL;
-    }
-    *out = answer;
-    return result;
-}
-
-static int read_intention(json_t *entry, struct document_intention *out,
-                          struct meshx_failure *failure) {
+static int read_intention(json_t *entry, void *item, struct meshx_failure *failure) {
+    struct document_intention *out = item;
     json_t *precedence = NULL;
     if (!json_is_object(entry)) {
         return answer_failure(failure, "each intention", "an object", entry);
@@ -317,28 +318,13 @@ static int read_intention(json_t *entry, struct document_intention *out,
 int document_parse_intentions(const char *body, size_t size,
                               struct document_intentions *out,
                               struct meshx_failure *failure) {
-    struct document_intentions found = {0};
-    json_t *answer = NULL;
-    *out = found;
-    int result = parse_list(body, size, "the list of intentions", &answer, failure);
-    size_t count = json_array_size(answer);
-    if (count > 0) {
-        found.items = calloc(count, sizeof *found.items);
-        if (found.items == NULL) {
-            result = document_out_of_memory(failure);
-        } else {
-            found.count = count;
-        }
+    struct list list;
+    int result = parse_list(body, size, "the list of intentions", sizeof *out->items,
+                            read_intention, &list, failure);
+    *out = (struct document_intentions){.items = list.items, .count = list.count};
+    if (result != MESHX_OK) {
+        document_intentions_fini(out);
     }
-    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
-        result = read_intention(json_array_get(answer, i), &found.items[i], failure);
-    }
-    if (result == MESHX_OK) {
-        *out = found;
-    } else {
-        document_intentions_fini(&found);
-    }
-    json_decref(answer);
     return result;
 }
 
@@ -353,8 +339,8 @@ void document_intentions_fini(struct document_intentions *intentions) {
     *intentions = (struct document_intentions){0};
 }
 
-static int read_critical(json_t *entry, struct document_check *out,
-                         struct meshx_failure *failure) {
+static int read_critical(json_t *entry, void *item, struct meshx_failure *failure) {
+    struct document_check *out = item;
     if (!json_is_object(entry)) {
         return answer_failure(failure, "each check", "an object", entry);
     }
@@ -367,28 +353,13 @@ static int read_critical(json_t *entry, struct document_check *out,
 
 int document_parse_checks(const char *body, size_t size, struct document_checks *out,
                           struct meshx_failure *failure) {
-    struct document_checks found = {0};
-    json_t *answer = NULL;
-    *out = found;
-    int result = parse_list(body, size, "the list of checks", &answer, failure);
-    size_t count = json_array_size(answer);
-    if (count > 0) {
-        found.items = calloc(count, sizeof *found.items);
-        if (found.items == NULL) {
-            result = document_out_of_memory(failure);
-        } else {
-            found.count = count;
-        }
+    struct list list;
+    int result = parse_list(body, size, "the list of checks", sizeof *out->items,
+                            read_critical, &list, failure);
+    *out = (struct document_checks){.items = list.items, .count = list.count};
+    if (result != MESHX_OK) {
+        document_checks_fini(out);
     }
-    for (size_t i = 0; i < found.count && result == MESHX_OK; i++) {
-        result = read_critical(json_array_get(answer, i), &found.items[i], failure);
-    }
-    if (result == MESHX_OK) {
-        *out = found;
-    } else {
-        document_checks_fini(&found);
-    }
-    json_decref(answer);
     return result;
 }
 
