@@ -25,7 +25,7 @@ all() ->
 
 init_per_suite(Config) ->
     Config1 = meshx_ct:init_suite(Config),
-    [A, B] = meshx_ct:start_all(Config1, [a, b]),
+    [A, B] = meshx_ct:start_all(Config1, [a, b], (apart())#{scope => suite}),
     ?assert(meshx_ct:connect(B, A)),
     meshx_ct:call(A, meshx_ct_there, watch, [[]]),
     [{a, A}, {b, B} | Config1].
@@ -43,6 +43,10 @@ end_per_testcase(_, Config) ->
     end.
 
 nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
+
+%% Otherwise global, when a third node disconnects from one of two, may disconnect these.
+apart() ->
+    #{args => ["-connect_all", "false"]}.
 
 %% The link between b and a is the one it was.
 link_to_b(Config) ->
@@ -170,7 +174,7 @@ as_before(A, #{processes := Processes, descriptors := Descriptors}) ->
 
 ten_thousand_of_all_kinds(Config) ->
     A = proplists:get_value(a, Config),
-    Late = meshx_ct:start(Config, late, #{}),
+    Late = meshx_ct:start(Config, late, apart()),
     Before = meshx_ct:call(A, fun resources/0),
     with_strangers(fun(Peer) ->
         Count = strangers(Peer, 10000),
@@ -192,7 +196,7 @@ ten_thousand_of_all_kinds(Config) ->
 %% They say a name, a new one each time, and nothing more. A node whose name is known comes through.
 handshakes_are_begun_and_left(Config) ->
     A = proplists:get_value(a, Config),
-    Late = meshx_ct:start(Config, later, #{}),
+    Late = meshx_ct:start(Config, later, apart()),
     ?assert(meshx_ct:connect(Late, A)),
     ?assert(meshx_ct:call(Late, erlang, disconnect_node, [maps:get(node, A)])),
     Before = meshx_ct:call(A, fun resources/0),
