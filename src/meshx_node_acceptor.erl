@@ -246,15 +246,21 @@ make_room(#state{half_open = HalfOpen} = S) ->
             after Time -> make_room(S)
             end;
         _ ->
-            exit(Controller, kill),
-            {_, Left} = forget(Controller, S),
-            Text = io_lib:format(
-                "~b connections have not completed their handshake: the oldest are dropped in favour "
-                "of new ones",
-                [?HALF_OPEN_MAX]
-            ),
-            report(full, Text, Left)
+            receive
+                %% It has completed its handshake; the news waits behind that of others.
+                {linked, Controller} = Message -> make_room(handle(Message, S))
+            after 0 -> drop(Controller, S)
+            end
     end.
+
+drop(Controller, S) ->
+    exit(Controller, kill),
+    {_, Left} = forget(Controller, S),
+    Text = io_lib:format(
+        "~b connections have not completed their handshake: the oldest are dropped in favour of new ones",
+        [?HALF_OPEN_MAX]
+    ),
+    report(full, Text, Left).
 
 forget(Controller, #state{half_open = HalfOpen, places = Places} = S) ->
     case maps:take(Controller, Places) of

@@ -303,9 +303,10 @@ handshake(#handshake{link = Link} = S) ->
             From ! {Ref, peer_of(Link)},
             handshake(S);
         {Ref, From, {link_up, Node, Handle}} ->
-            From ! {Ref, Link},
+            %% Before anyone else can think that the link is up.
             S#handshake.acceptor =:= undefined orelse
                 meshx_node_acceptor:linked(S#handshake.acceptor),
+            From ! {Ref, Link},
             meshx_node_mesh:link_up(Node, self(), Link, S#handshake.how),
             meshx_node_traffic:run(Handle, Link, S#handshake.supervisor);
         {select, _, _, _} ->

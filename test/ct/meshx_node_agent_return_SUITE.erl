@@ -68,8 +68,8 @@ returns(Config, Agent, Repairs) ->
     ?assertEqual(Upstreams, upstreams(Back, A)),
     ?assertEqual(maps:get(node, B), meshx_ct:call(A, erpc, call, [maps:get(node, B), erlang, node, []])),
     ?assertEqual([], [Event || {nodedown, Node} = Event <- meshx_ct:call(A, meshx_ct_there, seen, []), Node =:= maps:get(node, B)]),
-    %% Nothing twice.
-    ?assertEqual(6, maps:size(meshx_ct_agent:services(Back))),
+    %% Each of the three with its sidecar, nothing twice.
+    meshx_ct:wait("all services", fun() -> maps:size(meshx_ct_agent:services(Back)) =:= 6 end),
     [
         begin
             After = info(Node),

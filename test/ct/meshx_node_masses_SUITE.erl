@@ -62,8 +62,6 @@ listen_port(Node) ->
     {ok, Port} = meshx_ct:call(Node, meshx_node, info, [listen_port]),
     Port.
 
--define(AGENT_CONNECTIONS, 4).
-
 %%% The strangers: a VM of their own, with as many descriptors as we may have.
 
 with_strangers(Fun) ->
@@ -141,15 +139,6 @@ until_dropped(Socket) ->
         {tcp, Socket, _} -> until_dropped(Socket)
     end.
 
-resources() ->
-    {ok, Descriptors} = file:list_dir("/proc/self/fd"),
-    #{
-        processes => erlang:system_info(process_count),
-        descriptors => length(Descriptors),
-        atoms => erlang:system_info(atom_count),
-        memory => erlang:memory(total)
-    }.
-
 assert_bounded(Before, Now) ->
     Grown = maps:map(fun(Key, Value) -> Value - maps:get(Key, Before) end, Now),
     ct:log("grown by ~0p", [Grown]),
@@ -158,24 +147,16 @@ assert_bounded(Before, Now) ->
     ?assert(maps:get(atoms, Grown) =< ?NEW_NAMES + 200),
     ?assert(maps:get(memory, Grown) =< 64 * 1024 * 1024).
 
-%% But for connections to the agent, which are opened when there is more to ask, and kept.
-as_before(A, #{processes := Processes, descriptors := Descriptors}) ->
-    meshx_ct:wait(
-        "processes and descriptors to be as before",
-        fun() ->
-            Now = meshx_ct:call(A, fun resources/0),
-            maps:get(processes, Now) =< Processes andalso
-                maps:get(descriptors, Now) =< Descriptors + ?AGENT_CONNECTIONS
-        end,
-        30000
-    ).
+as_before(A, Before) ->
+    Waited = maps:with([processes, descriptors], Before),
+    ?assertEqual([], meshx_ct_resources:returns(A, Waited, 30000)).
 
 %%% Cases
 
 ten_thousand_of_all_kinds(Config) ->
     A = proplists:get_value(a, Config),
     Late = meshx_ct:start(Config, late, apart()),
-    Before = meshx_ct:call(A, fun resources/0),
+    Before = meshx_ct_resources:taken(A),
     with_strangers(fun(Peer) ->
         Count = strangers(Peer, 10000),
         ct:comment("~b strangers", [Count]),
@@ -193,7 +174,7 @@ ten_thousand_of_all_kinds(Config) ->
                     30000
                 ),
                 ?assertEqual(up, link_to_b(Config)),
-                assert_bounded(Before, meshx_ct:call(A, fun resources/0))
+                assert_bounded(Before, meshx_ct_resources:taken(A))
             end
          || _ <- lists:seq(1, 5)
         ]
@@ -206,7 +187,7 @@ handshakes_are_begun_and_left(Config) ->
     Late = meshx_ct:start(Config, later, apart()),
     ?assert(meshx_ct:connect(Late, A)),
     ?assert(meshx_ct:call(Late, erlang, disconnect_node, [maps:get(node, A)])),
-    Before = meshx_ct:call(A, fun resources/0),
+    Before = meshx_ct_resources:taken(A),
     Mark = meshx_ct:mark(A),
     with_strangers(fun(Peer) ->
         Count = strangers(Peer, 2000),
@@ -216,7 +197,7 @@ handshakes_are_begun_and_left(Config) ->
             fun() -> meshx_ct:has_line(A, Mark, "new node names") end,
             30000
         ),
-        assert_bounded(Before, meshx_ct:call(A, fun resources/0)),
+        assert_bounded(Before, meshx_ct_resources:taken(A)),
         meshx_ct:wait("a new link", fun() -> meshx_ct:connect(Late, A) end, 30000),
         ?assertEqual(up, link_to_b(Config))
     end),
