@@ -85,6 +85,9 @@ void mesh_link_compare(struct mesh *mesh) {
 }
 
 void mesh_link_notice(struct mesh *mesh) {
+    if (mesh->queries[MESH_QUERY_CRITICAL].failures > 0) {
+        return; /* what we have heard is old; the next answer is compared anew */
+    }
     for (struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
         if (link->critical != link->critical_told && !link->gone && is_running(mesh)) {
             struct meshx_event event = {.type = MESHX_EVENT_LINK_HEALTH,
