@@ -123,7 +123,7 @@ ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites
 		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_stress meshx_node_link meshx_node_load)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
-STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) ct
+STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) --beside ct
 test: deps consul ## everything: lint, C tests under the sanitizers, fuzzing, Common Test; ends with the sum
 	@.ci/test $(STEPS)
 steps:
