@@ -13,6 +13,7 @@
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, crash/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
+-export([listens_at/1, dials/1, at_once/1]).
 -export([wait/2, wait/3, mark/1, lines/2, own_lines/2, has_line/3]).
 -export_type([test_node/0, options/0]).
 
@@ -250,18 +251,7 @@ start_all(Config, Names) ->
 
 -spec start_all(config(), [atom()], options()) -> [test_node()].
 start_all(Config, Names, Options) ->
-    Self = self(),
-    Starters = [
-        spawn_monitor(fun() -> Self ! {self(), start(Config, Name, Options)} end)
-     || Name <- Names
-    ],
-    [
-        receive
-            {Pid, Node} -> demonitor(Monitor, [flush]) andalso Node;
-            {'DOWN', Monitor, process, Pid, Reason} -> error(Reason)
-        end
-     || {Pid, Monitor} <- Starters
-    ].
+    at_once([fun() -> start(Config, Name, Options) end || Name <- Names]).
 
 %% A VM with the carrier, but without a name yet.
 -spec vm(config(), options()) -> test_node().
@@ -395,6 +385,17 @@ environment(Agent, Options) ->
     ],
     %% The last one of a name counts.
     maps:to_list(maps:from_list(Unset ++ Set ++ maps:get(env, Options, []))).
+
+%% Arguments of a node that is to be dialled directly.
+-spec listens_at(inet:port_number()) -> [string()].
+listens_at(Port) ->
+    ["-meshx_node", "sidecar_command", "none", "-kernel", "inet_dist_listen_min", integer_to_list(Port)].
+
+%% Arguments of a node that dials others directly, at "ip:port".
+-spec dials([{atom(), string()}]) -> [string()].
+dials(Others) ->
+    Upstreams = [{node_name(Name), Address} || {Name, Address} <- Others],
+    ["-meshx_node", "upstreams", lists:flatten(io_lib:format("~0p", [Upstreams]))].
 
 -spec host() -> string().
 host() ->
@@ -531,6 +532,18 @@ read(File) ->
     end.
 
 %%% Waiting
+
+%% Their results, in order.
+-spec at_once([fun(() -> Result)]) -> [Result].
+at_once(Funs) ->
+    Runs = [spawn_monitor(fun() -> exit({result, Fun()}) end) || Fun <- Funs],
+    [
+        receive
+            {'DOWN', Monitor, process, _, {result, Result}} -> Result;
+            {'DOWN', Monitor, process, _, Reason} -> error(Reason)
+        end
+     || {_, Monitor} <- Runs
+    ].
 
 %% Until Fun returns true.
 -spec wait(unicode:chardata(), fun(() -> boolean())) -> ok.

@@ -60,7 +60,7 @@ simultaneous([A, B] = Nodes, Count) ->
     lists:foreach(fun never/1, Nodes),
     Rounds = [
         begin
-            Both = at_once([fun() -> meshx_ct:connect(A, B) end, fun() -> meshx_ct:connect(B, A) end]),
+            Both = meshx_ct:at_once([fun() -> meshx_ct:connect(A, B) end, fun() -> meshx_ct:connect(B, A) end]),
             disconnect(Nodes),
             Again = meshx_ct:connect(A, B),
             disconnect(Nodes),
@@ -78,16 +78,6 @@ disconnect([A, B] = Nodes) ->
     meshx_ct:wait("no link", fun() ->
         lists:all(fun(Node) -> meshx_ct:call(Node, erlang, nodes, []) =:= [] end, Nodes)
     end).
-
-at_once(Funs) ->
-    Runs = [spawn_monitor(fun() -> exit({result, Fun()}) end) || Fun <- Funs],
-    [
-        receive
-            {'DOWN', Monitor, process, _, {result, Result}} -> Result;
-            {'DOWN', Monitor, process, _, Reason} -> error(Reason)
-        end
-     || {_, Monitor} <- Runs
-    ].
 
 %% Count times a VM becomes a node, to which Peer connects, and no node again.
 -spec starts(config(), [meshx_ct:test_node()], pos_integer()) -> left().

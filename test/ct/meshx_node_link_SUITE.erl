@@ -57,24 +57,14 @@ both(Config, Fun) ->
 %% The same at the same time.
 both_at_once(Config, Fun) ->
     {#{node := NameA} = A, #{node := NameB} = B} = pair(Config),
-    at_once([fun() -> meshx_ct:call(A, fun() -> Fun(NameB) end) end,
+    meshx_ct:at_once([fun() -> meshx_ct:call(A, fun() -> Fun(NameB) end) end,
              fun() -> meshx_ct:call(B, fun() -> Fun(NameA) end) end]).
-
-at_once(Funs) ->
-    Runs = [spawn_monitor(fun() -> exit({result, Fun()}) end) || Fun <- Funs],
-    [
-        receive
-            {'DOWN', Monitor, process, _, {result, Result}} -> Result;
-            {'DOWN', Monitor, process, _, Reason} -> error(Reason)
-        end
-     || {_, Monitor} <- Runs
-    ].
 
 %%% Connecting
 
 first_connect_right_after_the_start(Config) ->
     Vms = [meshx_ct:vm(Config, #{}) || _ <- [fresh1, fresh2]],
-    [One, Two] = at_once([
+    [One, Two] = meshx_ct:at_once([
         fun() -> meshx_ct:net_start(Vm, Name) end
      || {Vm, Name} <- lists:zip(Vms, [fresh1, fresh2])
     ]),
@@ -96,7 +86,7 @@ simultaneous_connects(Config) ->
     Rounds = [
         begin
             disconnect(A, B),
-            Result = at_once(Connects),
+            Result = meshx_ct:at_once(Connects),
             [?assertEqual({Round, true}, {Round, Connect()}) || Connect <- Connects],
             ?assertEqual(pong, meshx_ct:call(A, net_adm, ping, [maps:get(node, B)])),
             ?assertEqual([maps:get(node, B)], meshx_ct:call(A, erlang, nodes, [])),
@@ -339,7 +329,7 @@ frozen_peer_is_noticed(Config) ->
 
 ticking(Config) ->
     Options = #{args => ["-kernel", "net_ticktime", "4"]},
-    [One, Two] = at_once([fun() -> meshx_ct:start(Config, Name, Options) end || Name <- [tick1, tick2]]),
+    [One, Two] = meshx_ct:at_once([fun() -> meshx_ct:start(Config, Name, Options) end || Name <- [tick1, tick2]]),
     ?assert(meshx_ct:connect(One, Two)),
     meshx_ct:call(One, meshx_ct_there, watch, [[]]),
     [One, Two].

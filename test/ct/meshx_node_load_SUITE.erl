@@ -45,15 +45,12 @@ nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
 
 %%% Nodes
 
-%% Without a sidecar; to be dialled at Port.
+%% To be dialled at Port.
 start_direct(Config, Name, Port, Arguments) ->
-    Listen = ["-meshx_node", "sidecar_command", "none", "-kernel", "inet_dist_listen_min"],
-    meshx_ct:start(Config, Name, #{args => Listen ++ [integer_to_list(Port) | Arguments]}).
+    meshx_ct:start(Config, Name, #{args => meshx_ct:listens_at(Port) ++ Arguments}).
 
-%% For a node that dials others directly: [{Name, Port}].
 dials(Others) ->
-    Upstreams = [{meshx_ct:node_name(Name), lists:concat(["127.0.0.1:", Port])} || {Name, Port} <- Others],
-    ["-meshx_node", "upstreams", lists:flatten(io_lib:format("~0p", [Upstreams]))].
+    meshx_ct:dials([{Name, lists:concat(["127.0.0.1:", Port])} || {Name, Port} <- Others]).
 
 %% A node, one to which it has a direct link, and one to which it has one through two sidecars.
 direct_and_behind_sidecars(Config, Arguments) ->

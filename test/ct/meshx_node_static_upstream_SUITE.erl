@@ -30,16 +30,12 @@ nothing_is_left(Config) -> meshx_ct:nothing_is_left(Config).
 
 %%% Nodes
 
-%% Without a sidecar, listening at Port. Upstreams: [{Name, "ip:port"}].
+%% To be dialled at Port. Upstreams: [{Name, "ip:port"}].
 start(Config, Name, Port, Upstreams, More) ->
-    Arguments = ["-meshx_node", "sidecar_command", "none" | listen_at(Port)] ++ flag(Upstreams),
+    Arguments = meshx_ct:listens_at(Port) ++ meshx_ct:dials(Upstreams),
     meshx_ct:start(Config, Name, #{args => Arguments ++ More}).
 
 listen_at(Port) -> ["-kernel", "inet_dist_listen_min", integer_to_list(Port)].
-
-flag(Upstreams) ->
-    Named = [{meshx_ct:node_name(Name), Address} || {Name, Address} <- Upstreams],
-    ["-meshx_node", "upstreams", lists:flatten(io_lib:format("~0p", [Named]))].
 
 local(Port) -> lists:concat(["127.0.0.1:", Port]).
 
@@ -103,7 +99,7 @@ direct_ipv6(Config) ->
 %% One node dials another directly and a third one through its own sidecar.
 beside_the_mesh(Config) ->
     {PortA, PortB} = free_ports(),
-    #{node := NameA} = A = meshx_ct:start(Config, a, #{args => listen_at(PortA) ++ flag([{b, local(PortB)}])}),
+    #{node := NameA} = A = meshx_ct:start(Config, a, #{args => listen_at(PortA) ++ meshx_ct:dials([{b, local(PortB)}])}),
     B = start(Config, b, PortB, [{a, local(PortA)}], ["-connect_all", "false"]),
     #{node := NameC} = C = meshx_ct:start(Config, c, #{args => ["-connect_all", "false"]}),
     work([A, B]),
@@ -242,6 +238,6 @@ leads_to_another_node(Config) ->
 has_another_cookie(Config) ->
     Port = meshx_ct_agent:free_port(),
     meshx_ct:start(Config, b, #{
-        args => ["-meshx_node", "sidecar_command", "none" | listen_at(Port)], cookie => "another"
+        args => meshx_ct:listens_at(Port), cookie => "another"
     }),
     fails(dials_at(Config, Port), b, Port, "same cookie").
