@@ -1,19 +1,15 @@
 /*
  * Whose listener is at a local port? L1.
  *
- * One netlink request, answered before sendmsg() returns, and at most one walk through
- * the descriptors of a family of processes. What can't be read makes the answer UNKNOWN,
- * never OTHER.
+ * One question to the kernel, and at most one walk through the descriptors of a family of
+ * processes. What can't be read makes the answer UNKNOWN, never OTHER.
  */
 #include "listener.h"
+#include "sock_diag.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/inet_diag.h>
-#include <linux/netlink.h>
-#include <linux/sock_diag.h>
-#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,83 +17,6 @@
 #include <unistd.h>
 
 #define GENERATIONS_MAX 8
-
-/* ---- socket diagnostics ---- */
-
-struct question {
-    struct nlmsghdr header;
-    struct inet_diag_req_v2 diag;
-};
-
-/* The first message of the kernel's answer. */
-struct reply {
-    struct nlmsghdr header;
-    union {
-        struct inet_diag_msg socket;
-        struct nlmsgerr error;
-    };
-};
-
-static struct question new_question(const struct sock_address *address, uint16_t flags,
-                                    int state) {
-    struct question question = {
-        .header = {.nlmsg_len = sizeof question,
-                   .nlmsg_type = SOCK_DIAG_BY_FAMILY,
-                   .nlmsg_flags = (uint16_t)(NLM_F_REQUEST | flags)},
-        .diag = {.sdiag_family = (uint8_t)address->storage.ss_family,
-                 .sdiag_protocol = IPPROTO_TCP,
-                 .idiag_states = 1U << state,
-                 .id = {.idiag_sport = htons(sock_port(address)),
-                        .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}}}};
-    if (address->storage.ss_family == AF_INET6) {
-        const struct sockaddr_in6 *ipv6 = (const struct sockaddr_in6 *)&address->storage;
-        memcpy(question.diag.id.idiag_src, &ipv6->sin6_addr, sizeof ipv6->sin6_addr);
-    } else {
-        const struct sockaddr_in *ipv4 = (const struct sockaddr_in *)&address->storage;
-        memcpy(question.diag.id.idiag_src, &ipv4->sin_addr, sizeof ipv4->sin_addr);
-    }
-    return question;
-}
-
-/* 0 and |*out|, or -errno: -ENOENT when there is no such socket. Unless it is a dump, a
- * kernel that can't look for any says that too. */
-static int ask_kernel(const struct question *question, struct reply *out) {
-    union {
-        struct reply reply;
-        char bytes[8192]; /* the kernel fills in as many messages as fit */
-    } received;
-    memset(out, 0, sizeof *out);
-    int netlink = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
-    if (netlink < 0) {
-        return -errno;
-    }
-    ssize_t size = send(netlink, question, sizeof *question, 0);
-    if (size >= 0) {
-        size = recv(netlink, &received, sizeof received, MSG_DONTWAIT);
-    }
-    int error = size < 0 ? -errno : 0;
-    close(netlink);
-    if (error != 0) {
-        return error;
-    }
-    memcpy(out, &received, (size_t)size < sizeof *out ? (size_t)size : sizeof *out);
-    if (out->header.nlmsg_type == NLMSG_DONE) { /* of a dump, with its error or 0 */
-        return out->error.error < 0 ? -EOPNOTSUPP : -ENOENT;
-    }
-    if (out->header.nlmsg_type == NLMSG_ERROR) {
-        bool is_dump = (question->header.nlmsg_flags & NLM_F_DUMP) != 0;
-        return is_dump ? -EOPNOTSUPP : out->error.error < 0 ? out->error.error : -EPROTO;
-    }
-    return out->header.nlmsg_type == SOCK_DIAG_BY_FAMILY ? 0 : -EPROTO;
-}
-
-/* Whether the kernel can look for listeners: its module tcp_diag may be missing. */
-static bool can_look(const struct sock_address *address) {
-    struct reply ignored;
-    const struct question question = new_question(address, NLM_F_DUMP, TCP_LISTEN);
-    int error = ask_kernel(&question, &ignored);
-    return error == 0 || error == -ENOENT;
-}
 
 /* ---- processes ---- */
 
@@ -198,18 +117,19 @@ static pid_t parent_of(pid_t process) {
 
 /* ---- interface ---- */
 
+static int find_listener(const struct sock_address *address, struct inet_diag_msg *out) {
+    const struct sock_end end = sock_end_of(address);
+    return sock_diag_find(&end, NULL, 1U << TCP_LISTEN, out);
+}
+
 enum listener_owner listener_owner(const struct sock_address *address, pid_t process,
                                    uint32_t *known) {
-    struct reply reply;
-    const struct question question = new_question(address, 0, TCP_LISTEN);
-    int error = ask_kernel(&question, &reply);
-    if (error == -ENOENT && can_look(address)) {
-        return LISTENER_NOBODY;
-    }
+    struct inet_diag_msg listener;
+    int error = find_listener(address, &listener);
     if (error != 0) {
-        return LISTENER_UNKNOWN;
+        return error == -ENOENT ? LISTENER_NOBODY : LISTENER_UNKNOWN;
     }
-    uint32_t inode = reply.socket.idiag_inode;
+    uint32_t inode = listener.idiag_inode;
     if (inode == *known && inode != 0) {
         return LISTENER_FAMILY;
     }
@@ -225,11 +145,10 @@ enum listener_owner listener_owner(const struct sock_address *address, pid_t pro
 }
 
 int listener_user(const struct sock_address *address, uid_t *out) {
-    struct reply reply;
-    const struct question question = new_question(address, 0, TCP_LISTEN);
-    int error = ask_kernel(&question, &reply);
+    struct inet_diag_msg listener;
+    int error = find_listener(address, &listener);
     if (error == 0) {
-        *out = reply.socket.idiag_uid;
+        *out = listener.idiag_uid;
     }
     return error;
 }
@@ -239,7 +158,6 @@ enum listener_owner listener_descendant(uint32_t inode, pid_t process) {
 }
 
 bool listener_has_connections(const struct sock_address *address) {
-    struct reply reply;
-    const struct question question = new_question(address, NLM_F_DUMP, TCP_ESTABLISHED);
-    return ask_kernel(&question, &reply) != -ENOENT;
+    const struct sock_end end = sock_end_of(address);
+    return sock_diag_find_port(&end, 1U << TCP_ESTABLISHED) != -ENOENT;
 }

@@ -1,6 +1,6 @@
 /*
- * Which user owns the other end of a connection: see sock_owner.h. L1, any thread: no
- * state, a netlink socket or file lives only for the one question.
+ * Which user owns the other end of a connection: see sock_owner.h. L1, any thread, no
+ * state.
  *
  * Invariant: a user is named only for exactly the connection that was asked for, and only
  * while a process holds that end. When it does not any more, the kernel tells user 0 for
@@ -8,11 +8,9 @@
  * same port, of anybody.
  */
 #include "sock_owner.h"
+#include "sock_diag.h"
 
 #include <errno.h>
-#include <linux/inet_diag.h>
-#include <linux/netlink.h>
-#include <linux/sock_diag.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
@@ -20,149 +18,39 @@
 #include <string.h>
 #include <unistd.h>
 
-/* One end of a connection. An IPv4 address within IPv6 is an IPv4 address. */
-struct end {
-    int family;
-    uint32_t address[4]; /* network order; IPv4 has the first */
-    uint16_t port;       /* network order */
-};
-
-static void set_end(struct end *end, int family, const void *address, uint16_t port) {
-    memset(end, 0, sizeof *end);
-    end->family = family;
-    end->port = port;
-    if (family == AF_INET) {
-        memcpy(end->address, address, 4);
-    } else if (IN6_IS_ADDR_V4MAPPED((const struct in6_addr *)address)) {
-        end->family = AF_INET;
-        memcpy(end->address, (const uint8_t *)address + 12, 4);
-    } else {
-        memcpy(end->address, address, 16);
-    }
+static bool is_internet(const struct sock_end *here, const struct sock_end *there) {
+    return (here->family == AF_INET || here->family == AF_INET6) &&
+           (there->family == AF_INET || there->family == AF_INET6);
 }
 
-/* False: neither IPv4 nor IPv6. */
-static bool get_end(const struct sock_address *from, struct end *out) {
-    if (from->storage.ss_family == AF_INET) {
-        const struct sockaddr_in *ipv4 = (const struct sockaddr_in *)&from->storage;
-        set_end(out, AF_INET, &ipv4->sin_addr, ipv4->sin_port);
-        return true;
+int sock_owner(const struct sock_address *local, const struct sock_address *peer,
+               struct sock_owner *out) {
+    const struct sock_end here = sock_end_of(local);
+    const struct sock_end there = sock_end_of(peer);
+    struct inet_diag_msg found;
+    if (!is_internet(&here, &there)) {
+        return -EAFNOSUPPORT;
     }
-    if (from->storage.ss_family == AF_INET6) {
-        const struct sockaddr_in6 *ipv6 = (const struct sockaddr_in6 *)&from->storage;
-        set_end(out, AF_INET6, &ipv6->sin6_addr, ipv6->sin6_port);
-        return true;
-    }
-    return false;
-}
-
-static bool is_same_end(const struct end *one, const struct end *other) {
-    return one->family == other->family && one->port == other->port &&
-           memcmp(one->address, other->address, sizeof one->address) == 0;
-}
-
-/* ---- socket diagnostics, sock_diag(7) ---- */
-
-static bool is_not_permitted(int error) {
-    return error == EPERM || error == EACCES || error == EAFNOSUPPORT ||
-           error == EPROTONOSUPPORT || error == EOPNOTSUPP || error == ENOSYS ||
-           error == ECONNREFUSED;
-}
-
-/* The kernel puts its answer, or its error, into the socket before send() returns. */
-static int exchange(int netlink, const struct end *from, const struct end *to,
-                    struct inet_diag_msg *out) {
-    struct {
-        struct nlmsghdr header;
-        struct inet_diag_req_v2 query;
-    } request = {
-        .header = {.nlmsg_len = sizeof request,
-                   .nlmsg_type = SOCK_DIAG_BY_FAMILY,
-                   .nlmsg_flags = NLM_F_REQUEST},
-        .query = {.sdiag_family = (uint8_t)from->family,
-                  .sdiag_protocol = IPPROTO_TCP,
-                  .idiag_states = ~0U,
-                  .id = {.idiag_sport = from->port,
-                         .idiag_dport = to->port,
-                         .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}}},
-    };
-    memcpy(request.query.id.idiag_src, from->address, sizeof from->address);
-    memcpy(request.query.id.idiag_dst, to->address, sizeof to->address);
-    union {
-        struct nlmsghdr header;
-        uint8_t bytes[1024]; /* attributes that did not fit are not missed */
-    } answer;
-
-    struct sockaddr_nl kernel = {.nl_family = AF_NETLINK};
-    if (sendto(netlink, &request, sizeof request, MSG_NOSIGNAL,
-               (const struct sockaddr *)&kernel, sizeof kernel) < 0) {
-        return -errno;
-    }
-    ssize_t size = recv(netlink, &answer, sizeof answer, 0);
-    if (size < 0) {
-        return -errno;
-    }
-    if ((size_t)size >= NLMSG_LENGTH(sizeof(struct nlmsgerr)) &&
-        answer.header.nlmsg_type == NLMSG_ERROR) {
-        const struct nlmsgerr *error = NLMSG_DATA(&answer.header);
-        return error->error < 0 ? error->error : -EPROTO;
-    }
-    if ((size_t)size < NLMSG_LENGTH(sizeof *out) ||
-        answer.header.nlmsg_type != SOCK_DIAG_BY_FAMILY) {
-        return -EPROTO;
-    }
-    memcpy(out, NLMSG_DATA(&answer.header), sizeof *out);
-    return 0;
-}
-
-/* Asks for the socket whose own end is |from|. -ENOENT: there is none that a process
- * holds, or the kernel can't look for any. */
-static int find(int netlink, const struct end *from, const struct end *to,
-                struct sock_owner *out) {
-    struct inet_diag_msg found = {.idiag_state = 0};
-    struct end source;
-    struct end destination;
-    int result = exchange(netlink, from, to, &found);
+    int result = sock_diag_find(&there, &here, ~0U, &found);
     if (result != 0) {
         return result;
     }
-    set_end(&source, found.idiag_family, found.id.idiag_src, found.id.idiag_sport);
-    set_end(&destination, found.idiag_family, found.id.idiag_dst, found.id.idiag_dport);
+    const struct sock_end source =
+        sock_end_make(found.idiag_family, found.id.idiag_src, found.id.idiag_sport);
+    const struct sock_end destination =
+        sock_end_make(found.idiag_family, found.id.idiag_dst, found.id.idiag_dport);
     if (found.idiag_inode == 0 || found.idiag_state == TCP_LISTEN ||
-        !is_same_end(&source, from) || !is_same_end(&destination, to)) {
+        !sock_end_is_same(&source, &there) || !sock_end_is_same(&destination, &here)) {
         return -ENOENT;
     }
     *out = (struct sock_owner){.uid = found.idiag_uid, .inode = found.idiag_inode};
     return 0;
 }
 
-int sock_owner(const struct sock_address *local, const struct sock_address *peer,
-               struct sock_owner *out) {
-    struct end here;
-    struct end there;
-    struct sock_owner ours;
-    if (!get_end(local, &here) || !get_end(peer, &there)) {
-        return -EAFNOSUPPORT;
-    }
-    int netlink =
-        socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG);
-    if (netlink < 0) {
-        return is_not_permitted(errno) ? -EOPNOTSUPP : -errno;
-    }
-    int result = find(netlink, &there, &here, out);
-    /* A kernel without the module tcp_diag says the same of everything. Our own end is
-     * there: if not even that is found, nothing ever is. */
-    if (result == -ENOENT && find(netlink, &here, &there, &ours) == -ENOENT) {
-        result = -EOPNOTSUPP;
-    }
-    close(netlink);
-    return result < 0 && is_not_permitted(-result) ? -EOPNOTSUPP : result;
-}
-
 /* ---- /proc/net, proc(5) ---- */
 
 /* "ADDRESS:PORT " as /proc/net/tcp (tcp6 if |ipv6|) has it: words in host order. */
-static void print_end(const struct end *end, bool ipv6, char *out, size_t size) {
+static void print_end(const struct sock_end *end, bool ipv6, char *out, size_t size) {
     const uint32_t mapped[4] = {0, 0, htonl(0xFFFF), end->address[0]};
     const uint32_t *words = end->family == AF_INET ? mapped : end->address;
     unsigned port = ntohs(end->port);
@@ -188,8 +76,8 @@ static unsigned long field(const char *text, int nth) {
 }
 
 /* Looks for the socket whose own end is |from|. */
-static int scan(const char *path, bool ipv6, const struct end *from, const struct end *to,
-                struct sock_owner *out) {
+static int scan(const char *path, bool ipv6, const struct sock_end *from,
+                const struct sock_end *to, struct sock_owner *out) {
     char line[512];
     char ends[128];
     int result = -ENOENT;
@@ -218,10 +106,10 @@ static int scan(const char *path, bool ipv6, const struct end *from, const struc
 
 int sock_owner_scan(const struct sock_address *local, const struct sock_address *peer,
                     struct sock_owner *out) {
-    struct end here;
-    struct end there;
+    const struct sock_end here = sock_end_of(local);
+    const struct sock_end there = sock_end_of(peer);
     int result = -ENOENT;
-    if (!get_end(local, &here) || !get_end(peer, &there)) {
+    if (!is_internet(&here, &there)) {
         return -EAFNOSUPPORT;
     }
     if (there.family == AF_INET) {
