@@ -20,8 +20,8 @@
 
 /* ---- processes ---- */
 
-/* Whether |process| has the socket open; UNKNOWN: may not be asked. One that is gone has
- * nothing. */
+/* Whether |process| has the socket open; UNKNOWN: may not be asked, or is gone, which is
+ * how it looks, too, when /proc hides it (hidepid=2). */
 static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
     char path[64];
     char wanted[32];
@@ -31,7 +31,7 @@ static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
     int length = snprintf(wanted, sizeof wanted, "socket:[%lu]", (unsigned long)inode);
     DIR *descriptors = opendir(path);
     if (descriptors == NULL) {
-        return errno == ENOENT || errno == ESRCH ? LISTENER_OTHER : LISTENER_UNKNOWN;
+        return LISTENER_UNKNOWN;
     }
     while (owner == LISTENER_OTHER && (entry = readdir(descriptors)) != NULL) {
         char target[sizeof wanted];
@@ -49,14 +49,17 @@ static enum listener_owner look_at_descriptors(pid_t process, uint32_t inode) {
 
 static enum listener_owner look_at_children(pid_t parent, uint32_t inode, int generation);
 
-/* The children that one thread of a process has made: /proc/PID/task/TID/children. */
+/* The children that one thread of a process has made: /proc/PID/task/TID/children. When
+ * one of them ends while the list is read, others may be missing in it, see proc(5). That
+ * one is then in it and gone, which makes the answer UNKNOWN, if all is read before. */
 static enum listener_owner look_at_list(const char *path, uint32_t inode,
                                         int generation) {
     FILE *list = fopen(path, "re");
     if (list == NULL) { /* the thread has ended, or kernels without such lists */
-        return access("/proc/thread-self/children", F_OK) == 0 ? LISTENER_OTHER
-                                                               : LISTENER_UNKNOWN;
+        return LISTENER_UNKNOWN;
     }
+    char all[4096];
+    setvbuf(list, all, _IOFBF, sizeof all);
     enum listener_owner owner = LISTENER_OTHER;
     char word[32];
     while (owner != LISTENER_FAMILY && fscanf(list, "%31s", word) == 1) {
@@ -82,7 +85,7 @@ static enum listener_owner look_at_children(pid_t parent, uint32_t inode,
     }
     DIR *threads = opendir(path);
     if (threads == NULL) {
-        return errno == ENOENT ? LISTENER_OTHER : LISTENER_UNKNOWN;
+        return LISTENER_UNKNOWN;
     }
     while (owner != LISTENER_FAMILY && (entry = readdir(threads)) != NULL) {
         if (entry->d_name[0] != '.') {

@@ -5,9 +5,12 @@
 #include "support.h"
 #include <errno.h>
 #include <linux/capability.h>
+#include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -171,6 +174,116 @@ static void another_users_are_not_taken_for_others(void **state) {
     close(ready[1]);
 }
 
+/* /proc as with the mount option hidepid=2: who may not look at a process does not see
+ * it. */
+static bool hide_processes(pid_t process) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%ld", (long)process);
+    return unshare(CLONE_NEWNS) == 0 &&
+           mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
+           mount("proc", "/proc", "proc", 0, "hidepid=2,gid=4711") == 0 &&
+           drop_ptrace() && access(path, F_OK) != 0;
+}
+
+static void hidden_ones_are_not_taken_for_others(void **state) {
+    (void)state;
+    if (geteuid() != 0) {
+        skip();
+    }
+    enum { NOT_HIDDEN = 100 };
+    struct sock_address address;
+    struct stat file;
+    pid_t sidecar = 0;
+    int ready[2];
+    int status = -1;
+    assert_int_equal(pipe(ready), 0);
+    int fd = open_listener("127.0.0.1", &address);
+    assert_int_equal(fstat(fd, &file), 0);
+    uint32_t inode = (uint32_t)file.st_ino;
+    pid_t guard = fork();
+    if (guard == 0) {
+        if (fork() != 0) {
+            close(fd);
+        } else if (setuid(65534) == 0) {
+            sidecar = getpid();
+            (void)!write(ready[1], &sidecar, sizeof sidecar);
+        }
+        for (;;) {
+            pause();
+        }
+    }
+    close(fd);
+    assert_int_equal(read(ready[0], &sidecar, sizeof sidecar), sizeof sidecar);
+    pid_t asker = fork();
+    if (asker == 0) {
+        bool hidden = hide_processes(sidecar);
+        bool right = owner(&address, sidecar) == LISTENER_UNKNOWN &&
+                     owner(&address, guard) == LISTENER_UNKNOWN &&
+                     listener_descendant(inode, guard) == LISTENER_UNKNOWN;
+        _exit(hidden ? right : NOT_HIDDEN);
+    }
+    assert_int_equal(waitpid(asker, &status, 0), asker);
+    kill(sidecar, SIGKILL);
+    kill(guard, SIGKILL);
+    assert_int_equal(waitpid(guard, NULL, 0), guard);
+    close(ready[0]);
+    close(ready[1]);
+    if (WEXITSTATUS(status) == NOT_HIDDEN) {
+        print_message("/proc can't be mounted with hidepid=2 here\n");
+        skip();
+    }
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), true);
+}
+
+/* Elder siblings end one after the other while the list of children is read. */
+static void a_list_that_changes_is_not_believed(void **state) {
+    (void)state;
+    enum { ELDERS = 300 };
+    struct stat status;
+    struct sock_address address;
+    int ready[2];
+    pid_t keeper = 0;
+    assert_int_equal(pipe(ready), 0);
+    int fd = open_listener("127.0.0.1", &address);
+    assert_int_equal(fstat(fd, &status), 0);
+    pid_t guard = fork();
+    if (guard == 0) {
+        pid_t children[ELDERS + 1];
+        for (int i = 0; i <= ELDERS; i++) {
+            children[i] = fork();
+            if (children[i] == 0) {
+                close(i < ELDERS ? fd : ready[1]); /* the last one keeps it */
+                close(i < ELDERS ? ready[1] : ready[0]);
+                pause();
+            }
+        }
+        close(fd);
+        (void)!write(ready[1], &children[ELDERS], sizeof *children);
+        for (int i = 0; i < ELDERS; i++) {
+            usleep(200);
+            kill(children[i], SIGKILL);
+            waitpid(children[i], NULL, 0);
+        }
+        close(ready[1]);
+        pause();
+    }
+    close(fd);
+    close(ready[1]);
+    assert_int_equal(read(ready[0], &keeper, sizeof keeper), sizeof keeper);
+    struct pollfd end = {.fd = ready[0], .events = POLLIN};
+    while (poll(&end, 1, 0) == 0) {
+        assert_int_not_equal(listener_descendant((uint32_t)status.st_ino, guard),
+                             LISTENER_OTHER);
+    }
+    assert_int_equal(listener_descendant((uint32_t)status.st_ino, guard),
+                     LISTENER_FAMILY);
+    kill(keeper, SIGKILL);
+    kill(guard, SIGKILL);
+    assert_int_equal(waitpid(guard, NULL, 0), guard);
+    close(ready[0]);
+}
+
 static void connections_are_seen(void **state) {
     (void)state;
     const struct sock_options options = SOCK_OPTIONS_DEFAULT;
@@ -287,6 +400,8 @@ int main(void) {
         cmocka_unit_test(others_are_told_apart),
         cmocka_unit_test(a_grandchilds_is_the_familys),
         cmocka_unit_test(another_users_are_not_taken_for_others),
+        cmocka_unit_test(hidden_ones_are_not_taken_for_others),
+        cmocka_unit_test(a_list_that_changes_is_not_believed),
         cmocka_unit_test(connections_are_seen),
         cmocka_unit_test(without_diagnostics_nothing_is_known),
         cmocka_unit_test(its_user_is_told),
