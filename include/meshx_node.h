@@ -156,7 +156,7 @@ enum meshx_event_type {
     MESHX_EVENT_OUTPUT,  /* a line the sidecar wrote: |stream|, |text| */
     MESHX_EVENT_LOG,     /* something a person should know: |level|, |text| */
     MESHX_EVENT_DRAINED, /* after meshx_mesh_drain(): the agent has answered for both
-                            checks, or can't be asked. Not sent once a stop has begun */
+                            checks, or can't be reached. Not sent once a stop has begun */
     MESHX_EVENT_STOPPED, /* deregistered (or |failure| says why not), sidecar gone.
                             The last event of a node service. */
 };
@@ -275,11 +275,12 @@ int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *nod
  * meshx_mesh_link_down(). |link| is a number that no other link has; |dialed|: it was us.
  * LINK_DENIED, once, says that intentions do not allow the link any more; what cannot be
  * asked leaves it alone. LINK_HEALTH tells changes. |service_name| NULL: nothing is asked
- * about it. Both return MESHX_OK, MESHX_ENOMEM or MESHX_ESTOPPED.
+ * about it. Returns MESHX_OK, MESHX_ENOMEM or MESHX_ESTOPPED; the end of a link that is
+ * up can always be told.
  */
 int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,
                        const char *service_name, bool dialed);
-int meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link);
+void meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link);
 
 /* Asks for an INFO event with |request| (|info|, or |failure|). Returns as above. */
 int meshx_mesh_info(struct meshx_mesh *mesh, uint64_t request);

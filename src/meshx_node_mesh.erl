@@ -246,7 +246,7 @@ handle_info(release, S) ->
 handle_info({'DOWN', Monitor, process, _, _}, #state{mesh = Mesh, links = Links} = S) ->
     case maps:take(Monitor, Links) of
         {#link{id = Id}, Others} when Mesh =/= undefined ->
-            _ = meshx_node_nif:mesh_link_down(Mesh, Id),
+            meshx_node_nif:mesh_link_down(Mesh, Id),
             {noreply, S#state{links = Others}};
         {_, Others} ->
             {noreply, S#state{links = Others}};

@@ -220,7 +220,7 @@ mesh_upstream(Mesh, Request, Node, ServiceName, Mode) ->
 mesh_link_up(Mesh, Id, Node, ServiceName, How) ->
     load_and_call(?FUNCTION_NAME, [Mesh, Id, Node, ServiceName, How]).
 
--spec mesh_link_down(mesh(), pos_integer()) -> ok | {error, atom()}.
+-spec mesh_link_down(mesh(), pos_integer()) -> ok.
 mesh_link_down(Mesh, Id) ->
     load_and_call(?FUNCTION_NAME, [Mesh, Id]).
 

@@ -120,11 +120,28 @@ void mesh_request_free(struct mesh_request *request) {
     free(request);
 }
 
+static void free_requests(struct mesh_request *request) {
+    while (request != NULL) {
+        struct mesh_request *next = request->next;
+        mesh_request_free(request);
+        request = next;
+    }
+}
+
 static void handle_unref(struct meshx_mesh *handle) {
     if (atomic_fetch_sub(&handle->references, 1) == 1) {
         pthread_mutex_destroy(&handle->lock);
         free(handle);
     }
+}
+
+static void append_request(struct meshx_mesh *handle, struct mesh_request *request) {
+    if (handle->last != NULL) {
+        handle->last->next = request;
+    } else {
+        handle->first = request;
+    }
+    handle->last = request;
 }
 
 static struct mesh_request *take_requests(struct meshx_mesh *handle) {
@@ -231,12 +248,7 @@ static int leave_request(struct meshx_mesh *handle, struct mesh_request *request
     pthread_mutex_lock(&handle->lock);
     int code = post_mailbox(handle);
     if (code == MESHX_OK) {
-        if (handle->last != NULL) {
-            handle->last->next = request;
-        } else {
-            handle->first = request;
-        }
-        handle->last = request;
+        append_request(handle, request);
     }
     pthread_mutex_unlock(&handle->lock);
     if (code != MESHX_OK) {
@@ -274,6 +286,8 @@ static void on_retry(void *argument) {
     mesh_read_mailbox(mesh);
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_retry(mesh);
+    } else if (mesh->draining) {
+        mesh_drain_retry(mesh);
     } else if (mesh->state == MESHX_STATE_READY) {
         mesh_heartbeat(mesh);
         mesh_registration_apply(mesh);
@@ -378,9 +392,12 @@ void mesh_finish(struct mesh *mesh) {
     mesh->state = MESHX_STATE_STOPPED;
     pthread_mutex_lock(&handle->lock);
     struct mesh_request *request = take_requests(handle);
+    struct mesh_request *downs = handle->downs;
+    handle->downs = NULL;
     handle->loop = NULL;
     handle->mesh = NULL;
     pthread_mutex_unlock(&handle->lock);
+    free_requests(downs);
     struct meshx_failure stopped;
     error_set(&stopped, MESHX_ESTOPPED, "the node service of %s is stopped",
               mesh->config.values.node);
@@ -479,17 +496,45 @@ int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *nod
 
 int meshx_mesh_link_up(struct meshx_mesh *mesh, uint64_t link, const char *node,
                        const char *service_name, bool dialed) {
-    struct mesh_request *request =
-        mesh_request_new(MESH_REQUEST_LINK_UP, link, node, service_name);
-    if (request != NULL) {
-        request->dialed = dialed;
+    struct mesh_request *down =
+        mesh_request_new(MESH_REQUEST_LINK_DOWN, link, NULL, NULL);
+    struct mesh_request *up =
+        down != NULL ? mesh_request_new(MESH_REQUEST_LINK_UP, link, node, service_name)
+                     : NULL;
+    if (up != NULL) {
+        up->dialed = dialed;
     }
-    return leave_request(mesh, request);
+    pthread_mutex_lock(&mesh->lock);
+    int code = up != NULL ? post_mailbox(mesh) : MESHX_ENOMEM;
+    if (code == MESHX_OK) {
+        append_request(mesh, up);
+        down->next = mesh->downs;
+        mesh->downs = down;
+    }
+    pthread_mutex_unlock(&mesh->lock);
+    if (code != MESHX_OK) {
+        free_requests(up);
+        free_requests(down);
+    }
+    return code;
 }
 
-int meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link) {
-    return leave_request(mesh,
-                         mesh_request_new(MESH_REQUEST_LINK_DOWN, link, NULL, NULL));
+/* From here on a post that fails does no harm: timers read the mailbox, too, and a
+ * stopping loop stops its members itself. */
+void meshx_mesh_link_down(struct meshx_mesh *mesh, uint64_t link) {
+    pthread_mutex_lock(&mesh->lock);
+    struct mesh_request **place = &mesh->downs;
+    while (*place != NULL && (*place)->id != link) {
+        place = &(*place)->next;
+    }
+    struct mesh_request *down = *place;
+    if (down != NULL) {
+        *place = down->next;
+        down->next = NULL;
+        append_request(mesh, down);
+        post_mailbox(mesh);
+    }
+    pthread_mutex_unlock(&mesh->lock);
 }
 
 int meshx_mesh_info(struct meshx_mesh *mesh, uint64_t request) {
@@ -500,8 +545,6 @@ void meshx_mesh_renew(struct meshx_mesh *mesh) {
     atomic_store(&mesh->renewed_at, loop_now());
 }
 
-/* A failed post does no harm: timers read the mailbox too, and a stopping loop stops its
- * members itself. */
 void meshx_mesh_drain(struct meshx_mesh *mesh) {
     pthread_mutex_lock(&mesh->lock);
     mesh->drain = true;

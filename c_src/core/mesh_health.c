@@ -105,7 +105,7 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
     if (check->again) {
         send_check(check); /* its answer counts */
     } else if (mesh->draining) {
-        mesh_drain_continue(mesh); /* the other ways to stop being found follow soon */
+        mesh_drain_checked(check, failure);
     } else if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_checked(mesh, check, failure);
     } else if (failure != NULL && failure->code == MESHX_ENODE_UNKNOWN) {
@@ -215,7 +215,7 @@ static void on_accepts(struct mesh *mesh) {
     }
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_accepts(mesh);
-    } else if (!mesh->draining && !mesh->lease_lapsed) {
+    } else if (!mesh->lease_lapsed) {
         mesh_check_set(&mesh->sidecar_check, CONSUL_PASS, "the sidecar accepts");
     }
 }
@@ -254,9 +254,7 @@ static void mark_unreachable(struct mesh *mesh, const char *what) {
                  mesh->config.values.node,
                  mesh->sidecar == NULL ? "; it is not run by us, is it started?" : "");
     }
-    if (!mesh->draining) {
-        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, note);
-    }
+    mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, note);
 }
 
 static void on_refuses(struct mesh *mesh) {
@@ -279,7 +277,7 @@ static void on_shut_out(struct mesh *mesh, const char *why) {
     uint64_t now = loop_now();
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_start_shut_out(mesh, why);
-    } else if (mesh->state == MESHX_STATE_READY) {
+    } else if (mesh->state == MESHX_STATE_READY && !mesh->draining) {
         mesh->sidecar_shut_out = true;
         if (mesh->moved_at == 0 ||
             now - mesh->moved_at > mesh->config.values.sidecar_restart_max) {
@@ -383,7 +381,7 @@ static void on_probed(enum probe_answer answer, void *argument) {
 }
 
 void mesh_probe_sidecar(struct mesh *mesh, uint32_t interval, uint32_t timeout) {
-    if (mesh->probe != NULL) {
+    if (mesh->probe != NULL || mesh->draining) {
         return;
     }
     if (probe_start(mesh->loop, PROBE_HELLO, mesh->config.sidecar_probe_address,

@@ -92,7 +92,8 @@ struct meshx_mesh {
     struct mesh *mesh;
     struct mesh_request *first; /* the mailbox, oldest first */
     struct mesh_request *last;
-    bool posted; /* a mailbox run is under way */
+    struct mesh_request *downs; /* LINK_DOWN of each link that is up */
+    bool posted;                /* a mailbox run is under way */
     bool drain;
     bool stop;
 };
@@ -129,8 +130,9 @@ struct mesh_check {
     uint64_t registration; /* the one applied when it was sent */
     char note[256];
     bool in_flight;
-    bool again;  /* |wanted| has changed while a request is under way */
-    bool passed; /* the agent has acknowledged a pass in this start */
+    bool again;   /* |wanted| has changed while a request is under way */
+    bool passed;  /* the agent has acknowledged a pass in this start */
+    bool drained; /* failed for draining: the agent has answered, or can't be reached */
 };
 
 /* One destination of the sidecar. Applied when revision <= registration.applied. */
@@ -424,7 +426,9 @@ void mesh_link_fini(struct mesh *mesh);
 /* mesh_stop.c */
 void mesh_drain(struct mesh *mesh);
 /* An answer for a check has come while draining. */
-void mesh_drain_continue(struct mesh *mesh);
+void mesh_drain_checked(struct mesh_check *check, const struct meshx_failure *failure);
+/* Says again what there was no memory for. */
+void mesh_drain_retry(struct mesh *mesh);
 void mesh_stop(struct mesh *mesh);
 /* Goes on with a stop when the registration in flight is done. */
 void mesh_stop_continue(struct mesh *mesh);

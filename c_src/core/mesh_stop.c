@@ -18,22 +18,42 @@ static void finish_soon(struct mesh *mesh) {
     loop_timer_start(mesh->finish, 0);
 }
 
+static void tell_drained(struct mesh *mesh) {
+    struct meshx_event event = {.type = MESHX_EVENT_DRAINED};
+    mesh_emit(mesh, &event);
+}
+
 void mesh_drain(struct mesh *mesh) {
     if (mesh->state == MESHX_STATE_STARTING) {
         mesh_stop(mesh); /* nobody could have found us yet */
     } else if (mesh->state == MESHX_STATE_READY && mesh->config.values.control_node) {
-        mesh_drain_continue(mesh); /* nobody can find it */
+        tell_drained(mesh); /* nobody can find it */
     } else if (mesh->state == MESHX_STATE_READY && !mesh->draining) {
         mesh->draining = true;
-        mesh_check_set(&mesh->vm_check, CONSUL_FAIL, "the node is stopping");
-        mesh_check_set(&mesh->sidecar_check, CONSUL_FAIL, "the node is stopping");
+        probe_cancel(mesh->probe); /* whatever it finds, the sidecar is let be now */
+        mesh->probe = NULL;
+        mesh_drain_retry(mesh);
     }
 }
 
-void mesh_drain_continue(struct mesh *mesh) {
-    if (!mesh->vm_check.in_flight && !mesh->sidecar_check.in_flight) {
-        struct meshx_event event = {.type = MESHX_EVENT_DRAINED};
-        mesh_emit(mesh, &event);
+void mesh_drain_retry(struct mesh *mesh) {
+    struct mesh_check *const checks[] = {&mesh->vm_check, &mesh->sidecar_check};
+    for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++) {
+        if (!checks[i]->drained) {
+            mesh_check_set(checks[i], CONSUL_FAIL, "the node is stopping");
+        }
+    }
+}
+
+void mesh_drain_checked(struct mesh_check *check, const struct meshx_failure *failure) {
+    struct mesh *mesh = check->mesh;
+    if (failure != NULL && failure->code == MESHX_ENOMEM) {
+        mesh_retry_later(mesh);
+        return;
+    }
+    check->drained = true;
+    if (mesh->vm_check.drained && mesh->sidecar_check.drained) {
+        tell_drained(mesh);
     }
 }
 

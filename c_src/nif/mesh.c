@@ -436,34 +436,39 @@ ERL_NIF_TERM nif_mesh_link_up(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[
     return make_result(env, rc);
 }
 
-/* Those that take the mesh and a number. */
-static ERL_NIF_TERM numbered(ErlNifEnv *env, const ERL_NIF_TERM argv[],
-                             int (*call)(struct meshx_mesh *, uint64_t)) {
+/* mesh_link_down(Mesh, Id) -> ok */
+ERL_NIF_TERM nif_mesh_link_down(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
-    ErlNifUInt64 number;
-    int rc = MESHX_ESTOPPED;
+    ErlNifUInt64 id;
 
-    if (mesh == NULL || !enif_get_uint64(env, argv[1], &number)) {
+    (void)argc;
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &id)) {
         return enif_make_badarg(env);
     }
     enif_mutex_lock(mesh->lock);
     if (mesh->handle != NULL) {
-        rc = call(mesh->handle, number);
+        meshx_mesh_link_down(mesh->handle, id);
     }
     enif_mutex_unlock(mesh->lock);
-    return make_result(env, rc);
-}
-
-/* mesh_link_down(Mesh, Id) -> ok | {error, Code} */
-ERL_NIF_TERM nif_mesh_link_down(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
-    (void)argc;
-    return numbered(env, argv, meshx_mesh_link_down);
+    return am_ok;
 }
 
 /* mesh_info(Mesh, Request) -> ok | {error, Code} */
 ERL_NIF_TERM nif_mesh_info(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct mesh *mesh = mesh_get(env, argv[0]);
+    ErlNifUInt64 request;
+    int rc = MESHX_ESTOPPED;
+
     (void)argc;
-    return numbered(env, argv, meshx_mesh_info);
+    if (mesh == NULL || !enif_get_uint64(env, argv[1], &request)) {
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(mesh->lock);
+    if (mesh->handle != NULL) {
+        rc = meshx_mesh_info(mesh->handle, request);
+    }
+    enif_mutex_unlock(mesh->lock);
+    return make_result(env, rc);
 }
 
 /* Those that take the mesh alone and always succeed. */

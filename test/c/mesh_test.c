@@ -4,6 +4,7 @@
 #include "mesh_fixture.h"
 #include "process.h"
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* Opens a node that can't start, and returns the failure. */
@@ -476,6 +477,41 @@ static bool live_with_failure(struct meshx_loop *loop, unsigned nth, bool manage
     return failed;
 }
 
+/* What there is no memory for is said again. */
+static void drained_is_told_when_it_is_so(void **state) {
+    bool failed = true;
+    for (unsigned nth = 1; failed; nth++) {
+        char name[40];
+        snprintf(name, sizeof name, "ebbing%u@test", nth);
+        struct node *sidecar = node_new(shared_agent, "unused@test"); /* stands for one */
+        struct node *node = node_new(shared_agent, name);
+        const uint16_t port = sidecar->config.listen_port;
+        node->config.sidecar_command = NULL;
+        node->config.sidecar_ports = (struct meshx_port_range){port, port};
+        node_open(node, *state);
+        node_wait(node, MESHX_EVENT_READY, 0, NULL);
+        await(SIDECAR_HEALTH, name, 200, NULL);
+        allocation_fail(nth);
+        meshx_mesh_drain(node->mesh);
+        node_wait(node, MESHX_EVENT_DRAINED, 0, NULL);
+        failed = allocation_failed();
+        allocation_fail(0);
+        char *body = NULL;
+        assert_int_equal(agent_request(shared_agent, "GET", path_of(SIDECAR_HEALTH, name),
+                                       NULL, &body),
+                         503);
+        assert_non_null(strstr(body, "the node is stopping"));
+        free(body);
+        assert_int_equal(
+            agent_request(shared_agent, "GET", path_of(HEALTH, name), NULL, &body), 503);
+        assert_non_null(strstr(body, "the node is stopping"));
+        free(body);
+        assert_int_equal(node_count(node, MESHX_EVENT_DRAINED, NULL), 1);
+        node_free(node);
+        node_free(sidecar);
+    }
+}
+
 /* Under TSan, whose subject is the threads, a life takes long: some of them will do. */
 #ifdef __SANITIZE_THREAD__
 enum { NEXT_ALLOCATION = 5 };
@@ -532,6 +568,7 @@ int main(void) {
         TEST(without_a_free_port_nothing_is_registered),
         TEST(an_address_of_another_host_is_named),
         TEST(a_port_lost_in_a_race_is_replaced),
+        TEST(drained_is_told_when_it_is_so),
         TEST(every_allocation_may_fail),
         TEST(every_allocation_may_fail_with_a_sidecar),
     };

@@ -61,7 +61,7 @@ static void a_denied_link_is_told_once(void **state) {
                 node_wait(node, MESHX_EVENT_LINK_DENIED, id + 2 * i, NULL);
             assert_int_equal(event->code, MESHX_EDENIED);
             assert_non_null(strstr(event->text, text));
-            assert_int_equal(meshx_mesh_link_down(node->mesh, id + 2 * i), MESHX_OK);
+            meshx_mesh_link_down(node->mesh, id + 2 * i);
         }
         await_requests(node, 6);
         allow_again(intention);
@@ -162,6 +162,31 @@ static void a_stop_waits_for_no_query(void **state) {
     node_free(listener);
 }
 
+static void the_end_of_a_link_needs_no_memory(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "forgetful@test");
+    register_other("peer@test", "peer@test", "peer@test", "\"Port\":1");
+    enum { COUNT = 20 };
+    for (uint64_t id = 1; id <= COUNT; id++) {
+        link_up(node, id, "peer@test", true);
+        do {
+            allocation_fail(1);
+            meshx_mesh_link_down(node->mesh, id);
+        } while (!allocation_failed());
+        allocation_fail(0);
+    }
+    node_info(node); /* before the next heartbeat, what was left is read with this */
+    char *intention = deny("forgetful@test", "peer@test");
+    link_up(node, COUNT + 1, "peer@test", true);
+    node_wait(node, MESHX_EVENT_LINK_DENIED, COUNT + 1, NULL);
+    assert_int_equal(node_count(node, MESHX_EVENT_LINK_DENIED, NULL), 1);
+    allow_again(intention);
+    deregister_other("peer@test");
+    node_free(node);
+    node_free(listener);
+}
+
 /* What can't be asked for want of memory is asked again. */
 static void every_allocation_may_fail(void **state) {
     struct node *listener = node_new(shared_agent, "unused@test");
@@ -203,6 +228,7 @@ int main(void) {
         TEST(a_critical_node_is_told_and_told_well),
         TEST(an_agent_that_returns_is_noticed_at_once),
         TEST(a_stop_waits_for_no_query),
+        TEST(the_end_of_a_link_needs_no_memory),
         TEST(every_allocation_may_fail),
     };
     return RUN_TESTS(tests);
