@@ -157,8 +157,10 @@ static void on_applied(struct mesh *mesh) {
     struct mesh_registration *registration = &mesh->registration;
     if (registration->moving != 0 && registration->moving <= registration->applied) {
         registration->moving = 0;
-        mesh->sidecar_pid = 0;
-        sidecar_restart(mesh->sidecar);
+        if (!mesh->draining) {
+            mesh->sidecar_pid = 0;
+            sidecar_restart(mesh->sidecar);
+        }
     }
     if (registration->lost != 0 && registration->lost <= registration->applied) {
         registration->lost = 0;

@@ -167,10 +167,6 @@ static bool is_our_want(int error) {
 }
 
 static void begin_try(struct probe *probe) {
-    uint64_t limit = TRY_LIMIT_MS;
-    if (!probe->only_once && time_left(probe) < limit) {
-        limit = time_left(probe);
-    }
     probe->state = CONNECTING;
     uv_tcp_init(loop_uv(probe->loop), &probe->tcp);
     probe->tcp.data = probe;
@@ -178,7 +174,7 @@ static void begin_try(struct probe *probe) {
     int error = uv_tcp_connect(&probe->connect, &probe->tcp,
                                (struct sockaddr *)&probe->address.storage, on_connect);
     if (error == 0) {
-        loop_timer_start(probe->timer, limit);
+        loop_timer_start(probe->timer, TRY_LIMIT_MS);
     } else {
         end_try(probe, is_our_want(error) ? PROBE_NOT_MADE : PROBE_REFUSES);
     }

@@ -30,11 +30,10 @@ typedef void (*probe_done)(enum probe_answer answer, void *argument);
 
 /*
  * Tries |address|:|port| every |interval| ms while it refuses, until |timeout| ms are
- * over
- * (|timeout| 0: one try, which itself may take up to 2 s). |done| is called exactly once
- * and never from within the call; the probe frees itself after that. |*out| (borrowed
- * until then) is for probe_cancel(). MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG (address is
- * not numeric).
+ * over (0: once). Each try may take up to 2 s, the last one, too. |done| is called
+ * exactly once and never from within the call; the probe frees itself after that. |*out|
+ * (borrowed until then) is for probe_cancel(). MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG
+ * (address is not numeric).
  */
 int probe_start(struct meshx_loop *loop, enum probe_kind kind, const char *address,
                 uint16_t port, uint32_t interval, uint32_t timeout, probe_done done,

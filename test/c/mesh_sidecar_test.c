@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Takes |port| of 127.0.0.1, as soon as it is free. */
@@ -62,6 +63,25 @@ static void a_sidecar_that_hangs_is_replaced(void **state) {
         node_upstream(peer, "hung@test", "hung@test", MESHX_UPSTREAM_DIAL)->port));
     node_free(node);
     node_free(peer);
+}
+
+/* Peers' links go through it until they are closed. */
+static void a_sidecar_that_hangs_while_draining_is_let_be(void **state) {
+    const struct timespec long_enough = {8, 0}; /* it would be replaced after so long */
+    struct node *node = node_new(shared_agent, "ebbing@test");
+    node->config.ttl = 900;
+    node_open(node, *state);
+    node_wait(node, MESHX_EVENT_READY, 0, NULL);
+    kill_sidecar(node, SIGSTOP);
+    await(SIDECAR_HEALTH, "ebbing@test", 503, "does not answer");
+    meshx_mesh_drain(node->mesh);
+    node_wait(node, MESHX_EVENT_DRAINED, 0, NULL);
+    nanosleep(&long_enough, NULL);
+    assert_int_equal(node_info(node)->info.sidecar_starts, 1);
+    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "restarting it"), 0);
+    kill_sidecar(node, SIGCONT);
+    assert_int_equal(node_stop(node)->code, MESHX_OK);
+    node_free(node);
 }
 
 /* Probes of a healthy sidecar leave no trace in its log. */
@@ -190,6 +210,7 @@ static void the_way_to_a_departed_node_is_removed(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(a_sidecar_that_hangs_is_replaced),
+        TEST(a_sidecar_that_hangs_while_draining_is_let_be),
         TEST(probes_are_not_logged),
         TEST(a_stranger_at_the_public_port_is_not_the_sidecar),
         TEST(an_upstream_taken_while_the_sidecar_is_down_moves),

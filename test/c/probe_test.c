@@ -172,6 +172,25 @@ static void a_hello_wants_a_reaction(void **state) {
     assert_int_equal(greet(state, NULL), PROBE_SILENT);
 }
 
+/* However little of the time for all tries is left when one begins. */
+static void a_try_has_time_for_its_answer(void **state) {
+    uint16_t port;
+    char byte;
+    int listener = bind_loopback(AF_INET, &port);
+    assert_int_equal(listen(listener, 8), 0);
+    struct attempt attempt = new_attempt(state, port, 1);
+    attempt.kind = PROBE_HELLO;
+    control_run(attempt.loop, begin, &attempt);
+    int connection = accept(listener, NULL, NULL);
+    assert_int_equal(recv(connection, &byte, 1, 0), 1);
+    usleep(100000);
+    assert_int_equal(send(connection, "\x15\3\3", 3, MSG_NOSIGNAL), 3);
+    control_wait(&attempt.done);
+    assert_int_equal(attempt.answer, PROBE_ACCEPTS);
+    close(connection);
+    close(listener);
+}
+
 /* Bound but not listening: refused, and nobody else can take the port. */
 static void a_port_without_listener_does_not(void **state) {
     uint16_t port;
@@ -371,6 +390,7 @@ int main(void) {
         ON_LOOP(a_listener_accepts),
         ON_LOOP(a_listener_accepts_ipv6),
         ON_LOOP(a_hello_wants_a_reaction),
+        ON_LOOP(a_try_has_time_for_its_answer),
         ON_LOOP(a_port_without_listener_does_not),
         ON_LOOP(a_listener_may_come_late),
         ON_LOOP(an_address_that_cannot_be_reached_does_not_accept),
