@@ -32,12 +32,19 @@
 %% other side, which has net_setuptime, waits for us.
 -define(ACCEPT_TIME, 2000).
 
+%% Questions about accepted connections under way at the agent. More would only keep the heartbeats
+%% waiting; who isn't asked about is judged when the link is up.
+-define(ACCEPTS_MAX, 256).
+
 %% Where a node is dialled: at an upstream of our sidecar, at the static address the key `upstreams'
 %% gives, or, by a control node on the same host, directly at its listener.
 -type upstream() :: {sidecar | static | direct, inet:ip_address(), inet:port_number()}.
 
 %% How a link was made; one that was accepted, with the node whose service the other side uses.
 -type how() :: dialed | {accepted, node()} | direct.
+
+%% Who waits for an answer of the C side, and what it is about.
+-type asker() :: {accept | other, gen_server:from()}.
 
 -record(link, {
     %% number of this link for the C side
@@ -59,7 +66,9 @@
     starter :: undefined | gen_server:from(),
     %% who waits until peers stop dialling
     drainer :: undefined | gen_server:from(),
-    requests = #{} :: #{non_neg_integer() => gen_server:from()},
+    requests = #{} :: #{non_neg_integer() => asker()},
+    %% of them, those about accepted connections
+    accepts = 0 :: non_neg_integer(),
     %% by the monitor of the controller
     links = #{} :: #{reference() => #link{}},
     %% log lines not yet given to logger, newest first
@@ -205,13 +214,17 @@ handle_call(_Request, _From, #state{mesh = undefined} = S) ->
 handle_call(drain, From, #state{mesh = Mesh} = S) ->
     meshx_node_nif:mesh_drain(Mesh),
     {noreply, S#state{drainer = From}};
+handle_call({upstream, _, {accept, _}}, _From, #state{accepts = Accepts} = S) when
+    Accepts >= ?ACCEPTS_MAX
+->
+    {reply, {error, {agent_busy, <<"too many connections to ask about">>}}, S};
 handle_call({upstream, Node, Mode}, From, #state{config = #{upstreams := Static}} = S) ->
     case Static of
         #{Node := {Ip, Port}} -> {reply, {ok, {static, Ip, Port}}, S};
         #{} -> ask_mesh(Node, Mode, From, S)
     end;
 handle_call(info, From, S) ->
-    request(From, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
+    request({other, From}, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
 handle_call(allowed_uids, _From, #state{config = #{allowed_uids := Uids}} = S) ->
     {reply, Uids, S};
 handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
@@ -355,9 +368,14 @@ watched_name(Node, Config) ->
     end.
 
 ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
+    Kind =
+        case Mode of
+            {accept, _} -> accept;
+            _ -> other
+        end,
     try meshx_node_config:service_name(Node, Config) of
         ServiceName ->
-            request(From, S, fun(Request) ->
+            request({Kind, From}, S, fun(Request) ->
                 meshx_node_nif:mesh_upstream(
                     Mesh, Request, atom_to_binary(Node), ServiceName, Mode
                 )
@@ -366,10 +384,10 @@ ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
         error:{bad_configuration, _} = Failure -> {reply, {error, Failure}, S}
     end.
 
-request(From, #state{next = Next, requests = Requests} = S, Send) ->
+request(Asker, #state{next = Next, requests = Requests} = S, Send) ->
     case Send(Next) of
         ok ->
-            {noreply, S#state{next = Next + 1, requests = Requests#{Next => From}}};
+            {noreply, count(Asker, 1, S#state{next = Next + 1, requests = Requests#{Next => Asker}})};
         {error, stopped} ->
             {reply, {error, {stopped, <<"this node is stopping">>}}, S};
         {error, out_of_memory} ->
@@ -460,12 +478,17 @@ link_info(#link{node = Node, socket = Socket, trouble = Trouble}) ->
 
 answer(Request, Reply, #state{requests = Requests} = S) ->
     case maps:take(Request, Requests) of
-        {From, Rest} ->
+        {{_, From} = Asker, Rest} ->
             gen_server:reply(From, Reply),
-            S#state{requests = Rest};
+            count(Asker, -1, S#state{requests = Rest});
         error ->
             S
     end.
+
+count({accept, _}, Difference, #state{accepts = Accepts} = S) ->
+    S#state{accepts = Accepts + Difference};
+count({other, _}, _, S) ->
+    S.
 
 %% ---- log lines ----
 

@@ -10,6 +10,8 @@
 %% As in meshx_node_acceptor.
 -define(HALF_OPEN_MAX, 512).
 -define(NEW_NAMES, 1000).
+%% As in meshx_node_mesh.
+-define(ACCEPTS_MAX, 256).
 
 %% Beside the strangers' descriptors, the VM's own.
 -define(OTHER_DESCRIPTORS, 300).
@@ -18,6 +20,7 @@ all() ->
     [
         ten_thousand_of_all_kinds,
         handshakes_are_begun_and_left,
+        questions_of_accepted_connections_are_bounded,
         descriptors_run_out,
         processes_run_out,
         nothing_is_left
@@ -203,6 +206,30 @@ handshakes_are_begun_and_left(Config) ->
     end),
     meshx_ct:stop(Late),
     as_before(A, Before).
+
+%% While the agent is silent, so many questions wait for it and no more. What else is asked is none
+%% of these.
+questions_of_accepted_connections_are_bounded(Config) ->
+    A = proplists:get_value(a, Config),
+    #{node := NameB} = proplists:get_value(b, Config),
+    #{process := Agent} = proplists:get_value(agent, Config),
+    Waiting = fun(Askers) -> length([Pid || Pid <- Askers, meshx_ct:call(A, erlang, is_process_alive, [Pid])]) end,
+    meshx_ct_proc:signal(Agent, "STOP"),
+    Accepts = meshx_ct:call(A, ?MODULE, ask, [NameB, {accept, 0}, ?ACCEPTS_MAX + 100]),
+    Others = meshx_ct:call(A, ?MODULE, ask, [NameB, ask, 100]),
+    try
+        meshx_ct:wait("the refusals", fun() -> Waiting(Accepts) =:= ?ACCEPTS_MAX end),
+        ?assertEqual(100, Waiting(Others))
+    after
+        meshx_ct_proc:signal(Agent, "CONT")
+    end,
+    meshx_ct:wait("the answers", fun() -> Waiting(Accepts ++ Others) =:= 0 end),
+    Again = meshx_ct:call(A, ?MODULE, ask, [NameB, {accept, 0}, 1]),
+    meshx_ct:wait("an answer", fun() -> Waiting(Again) =:= 0 end).
+
+ask(Node, Mode, Count) ->
+    Ask = fun() -> gen_server:call(meshx_node_mesh, {upstream, Node, Mode}, infinity) end,
+    [spawn(Ask) || _ <- lists:seq(1, Count)].
 
 %% One line says it, the node goes on, and what waits is accepted when there are descriptors again.
 descriptors_run_out(Config) ->
