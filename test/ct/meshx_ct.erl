@@ -265,7 +265,7 @@ start_vm(Config, Naming, Options) ->
     PeerOptions = Naming#{
         longnames => maps:get(longnames, Options, false),
         connection => standard_io,
-        exec => executable(),
+        exec => executable(Agent),
         args => arguments(Log, Options),
         env => environment(Agent, Options),
         wait_boot => 60000
@@ -291,10 +291,15 @@ start_vm(Config, Naming, Options) ->
     end.
 
 %% Standard error goes to a file: logger fails there when peer itself has a report to make at the
-%% end of a VM.
-executable() ->
+%% end of a VM. A node runs where its agent does.
+executable(Agent) ->
     Errors = filename:join(item(directory), "stderr"),
-    {"/bin/sh", ["-c", "exec \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", erl_program()]}.
+    There =
+        case meshx_ct_agent:host(Agent) of
+            none -> "";
+            Host -> meshx_ct_host:command(Host)
+        end,
+    {"/bin/sh", ["-c", "exec " ++ There ++ " \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", erl_program()]}.
 
 %% Another one of make ct-asan.
 erl_program() ->
@@ -378,7 +383,7 @@ environment(Agent, Options) ->
     ],
     Set = [
         {"CONSUL_HTTP_ADDR", meshx_ct_agent:url(Agent)},
-        {"MESHX_SIDECAR_ADDRESS", "127.0.0.1"},
+        {"MESHX_SIDECAR_ADDRESS", meshx_ct_agent:address(Agent)},
         {"PATH", filename:dirname(meshx_ct_agent:binary()) ++ ":" ++ os:getenv("PATH")},
         {"HOME", item(directory)},
         {"ERL_EPMD_PORT", integer_to_list(item(epmd_port))}

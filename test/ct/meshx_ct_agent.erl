@@ -4,7 +4,7 @@
 %% Erlang port: when the port or the whole VM goes, so does the agent.
 -module(meshx_ct_agent).
 
--export([start/1, stop/1, forget/1, restart/1, url/1, lan/1, binary/0, free_port/0]).
+-export([start/1, stop/1, forget/1, restart/1, url/1, lan/1, host/1, address/1, binary/0, free_port/0]).
 -export([get/2, put/3, request/4, request/5]).
 -export([services/1, healthy/2, upstreams/2, deny/3, allow/3, delete_intentions/1]).
 -export_type([agent/0]).
@@ -26,13 +26,16 @@
 %% sent with every request of this module. With `servers', it is one of so many, for which it
 %% doesn't wait, and has a `name' of its own; lan/1 says where the others join it. Such a one knows
 %% after a restart what it knew before, until forget/1; then a leader takes some seconds to be
-%% elected.
+%% elected. With `host', it runs there (meshx_ct_host). With `join', it is no server but a client of
+%% that agent, as on most hosts.
 -spec start(#{
     directory := file:filename(),
     config => string(),
     token => string(),
     servers => pos_integer(),
-    name => string()
+    name => string(),
+    host => meshx_ct_host:host(),
+    join => agent()
 }) -> agent().
 start(Options) ->
     start(Options, 5).
@@ -40,17 +43,18 @@ start(Options) ->
 %% A port that was free may be taken before Consul binds it: others are tried.
 start(#{directory := Directory} = Options, Tries) ->
     ok = filelib:ensure_path(Directory),
+    Where = #{options => Options},
     [Http, Grpc, Server, Serf] = Ports = maps:get(ports, Options, free_ports(4)),
     Log = filename:join(Directory, "agent.log"),
     Arguments = [
         "-c",
         ?SCRIPT,
         "sh",
-        Log,
-        binary(),
-        "agent",
+        Log
+        | command(Where) ++ [binary(), "agent"]
+    ] ++ [
         lists:concat(["-node=", maps:get(name, Options, "meshx-ct")]),
-        "-bind=127.0.0.1",
+        "-bind=" ++ address(Where),
         "-client=127.0.0.1",
         "-dns-port=-1",
         "-serf-wan-port=-1",
@@ -101,8 +105,20 @@ mode(#{servers := Servers, directory := Directory}) ->
         "-data-dir=" ++ data(Directory),
         "-hcl=connect { enabled = true } performance { raft_multiplier = 1 }"
     ];
+mode(#{join := Agent, directory := Directory}) ->
+    [
+        "-data-dir=" ++ data(Directory),
+        "-retry-join=" ++ lan(Agent),
+        "-retry-interval=1s",
+        %% As -dev has it, which finds out in a second who has gone.
+        "-hcl=connect { enabled = true } leave_on_terminate = false gossip_lan { gossip_interval = \"100ms\" "
+        "probe_interval = \"100ms\" probe_timeout = \"100ms\" suspicion_mult = 3 }"
+    ];
 mode(_) ->
     ["-dev"].
+
+command(#{options := #{host := Host}}) -> string:lexemes(meshx_ct_host:command(Host), " ");
+command(_) -> [].
 
 data(Directory) ->
     filename:join(Directory, "data").
@@ -116,7 +132,7 @@ newer_arguments() ->
 answers(#{process := none}, _) ->
     false;
 answers(#{http := Http, process := Process} = Agent, Deadline) ->
-    case gen_tcp:connect({127, 0, 0, 1}, Http, []) of
+    case gen_tcp:connect({127, 0, 0, 1}, Http, socket_options(Agent)) of
         {ok, Socket} ->
             gen_tcp:close(Socket),
             true;
@@ -186,8 +202,21 @@ url(#{http := Http}) ->
 
 %% Where other servers join it.
 -spec lan(agent()) -> string().
-lan(#{options := #{ports := [_, _, _, Serf]}}) ->
-    lists:concat(["127.0.0.1:", Serf]).
+lan(#{options := #{ports := [_, _, _, Serf]}} = Agent) ->
+    lists:concat([address(Agent), ":", Serf]).
+
+%% Where it runs.
+-spec host(agent()) -> meshx_ct_host:host() | none.
+host(#{options := #{host := Host}}) -> Host;
+host(_) -> none.
+
+%% At which address others reach its host.
+-spec address(agent()) -> string().
+address(#{options := #{host := Host}}) -> meshx_ct_host:address(Host);
+address(_) -> "127.0.0.1".
+
+socket_options(#{options := #{host := Host}}) -> meshx_ct_host:socket_options(Host);
+socket_options(_) -> [].
 
 %% MESHX_CONSUL, else what `make consul' has left in this tree.
 -spec binary() -> file:filename().
@@ -225,13 +254,16 @@ put(Agent, Path, Document) ->
 
 -spec request(agent(), string(), iodata(), iodata()) -> {Status :: pos_integer(), Body :: binary()}.
 request(#{http := Http} = Agent, Method, Path, Body) ->
-    request(Http, maps:get(token, Agent, ""), Method, Path, Body).
+    request(Http, socket_options(Agent), maps:get(token, Agent, ""), Method, Path, Body).
 
 %% HTTP/1.0, so that the end of the connection ends the body.
 -spec request(inet:port_number(), string(), string(), iodata(), iodata()) ->
     {Status :: pos_integer(), Body :: binary()}.
 request(Http, Token, Method, Path, Body) ->
-    {ok, Socket} = gen_tcp:connect({127, 0, 0, 1}, Http, [binary, {active, false}], 5000),
+    request(Http, [], Token, Method, Path, Body).
+
+request(Http, SocketOptions, Token, Method, Path, Body) ->
+    {ok, Socket} = gen_tcp:connect({127, 0, 0, 1}, Http, [binary, {active, false} | SocketOptions], 5000),
     ok = gen_tcp:send(Socket, [
         [Method, " ", Path, " HTTP/1.0\r\n"],
         [["X-Consul-Token: ", Token, "\r\n"] || Token =/= ""],
