@@ -179,7 +179,8 @@ call(Request) ->
 not_started() ->
     Text =
         "this node has no node service: it is not started with -proto_dist meshx_node, or it is a "
-        "control node (-remsh, -dist_listen false, -sname undefined) that has not dialed anybody yet",
+        "remote shell or the like (-remsh, -dist_listen false, -sname undefined) that has not dialled "
+        "anybody yet",
     {error, {stopped, list_to_binary(Text)}}.
 
 text(Format, Arguments) ->

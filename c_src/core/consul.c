@@ -324,7 +324,8 @@ struct question {
     const char *value;     /* or NULL: without the parameter */
     const uint64_t *index; /* of a blocking query, or NULL */
     const char *body;
-    const char *what; /* for people; |name| follows, and |relation| and |value| if set */
+    const char *what; /* for people; |name| follows, unless it is the filter of a blocking
+                         query, and |relation| and |value| if set */
     const char *relation;
 };
 
@@ -348,7 +349,7 @@ static int build_path(const struct question *question, struct buf *path) {
 
 static int build_what(const struct question *question, struct buf *what) {
     int code = buf_append_text(what, question->what);
-    if (code == MESHX_OK && question->name != NULL) {
+    if (code == MESHX_OK && question->name != NULL && question->index == NULL) {
         code = buf_format(what, " %s", question->name);
     }
     if (code == MESHX_OK && question->relation != NULL) {
@@ -417,15 +418,15 @@ int consul_deregister(struct consul *consul, const char *service_id, consul_done
 int consul_check(struct consul *consul, const char *check_id, enum consul_check status,
                  const char *note, consul_done done, void *argument) {
     bool pass = status == CONSUL_PASS;
-    return ask(consul,
-               &(struct call){.kind = CHECK, .done.plain = done, .argument = argument},
-               &(struct question){.method = "PUT",
-                                  .path = pass ? "/v1/agent/check/pass/"
-                                               : "/v1/agent/check/fail/",
-                                  .name = check_id,
-                                  .parameter = "?note=",
-                                  .value = note,
-                                  .what = pass ? "passing check" : "failing check"});
+    return ask(
+        consul, &(struct call){.kind = CHECK, .done.plain = done, .argument = argument},
+        &(struct question){
+            .method = "PUT",
+            .path = pass ? "/v1/agent/check/pass/" : "/v1/agent/check/fail/",
+            .name = check_id,
+            .parameter = "?note=",
+            .value = note,
+            .what = pass ? "reporting a pass of check" : "reporting a failure of check"});
 }
 
 int consul_service(struct consul *consul, const char *service_id,
@@ -483,7 +484,7 @@ int consul_watch_intentions(struct consul *consul, const char *name, uint64_t in
                                       .path = "/v1/connect/intentions?filter=",
                                       .name = buf_text(&filter),
                                       .index = &index,
-                                      .what = "asking for intentions with"});
+                                      .what = "watching intentions"});
     }
     buf_fini(&filter);
     return code;
@@ -498,5 +499,5 @@ int consul_watch_critical(struct consul *consul, uint64_t index, consul_checks_d
                            .name = "CheckID==\"serfHealth\" or Name==\"" DOCUMENT_VM_CHECK
                                    "\" or Name==\"" DOCUMENT_SIDECAR_CHECK "\"",
                            .index = &index,
-                           .what = "asking for critical checks with"});
+                           .what = "watching critical checks"});
 }

@@ -72,6 +72,7 @@ struct mesh_request {
     bool answered;
     uint64_t revision;            /* waits until this one is applied; 0: does not */
     uint64_t open_by;             /* waits for the listener till then; 0: does not */
+    unsigned unknown;             /* looks in a row that did not tell whose that is */
     unsigned moves;               /* of its upstream, to ports nobody else has */
     struct mesh_proxy *proxy;     /* waits until this one accepts; NULL: does not */
     struct meshx_failure found;   /* what the lookup of instances says */
@@ -380,8 +381,8 @@ void mesh_upstream_out_of_memory(struct mesh_request *request);
 void mesh_lookup(struct mesh_request *request);
 /* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
  * |*out| says why not. */
-bool mesh_lookup_allowed(const struct meshx_failure *failure, bool allowed,
-                         const char *source, const char *destination,
+bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *failure,
+                         bool allowed, const char *source, const char *destination,
                          struct meshx_failure *out);
 
 /* mesh_control_node.c */
@@ -421,6 +422,9 @@ void mesh_link_judge(struct mesh *mesh);
 /* |mesh->critical| has changed. */
 void mesh_link_compare(struct mesh *mesh);
 void mesh_link_notice(struct mesh *mesh);
+/* Writes which intention denies it, by name while intentions are watched. */
+void mesh_link_describe_denial(const struct mesh *mesh, const char *source,
+                               const char *destination, char *out, size_t size);
 void mesh_link_fini(struct mesh *mesh);
 
 /* mesh_stop.c */

@@ -118,6 +118,28 @@ find_intention(const struct mesh *mesh, const char *source, const char *destinat
     return found;
 }
 
+static bool is_denial(const struct document_intention *one) {
+    return one != NULL && (one->action == NULL || strcmp(one->action, "allow") != 0);
+}
+
+static void describe(const struct document_intention *one, char *out, size_t size) {
+    bool has_id = one->id != NULL && one->id[0] != '\0';
+    snprintf(out, size, "the Consul intention %.100s => %.100s (precedence %lld%s%.50s)",
+             one->source, one->destination, (long long)one->precedence,
+             has_id ? ", ID " : "", has_id ? one->id : "");
+}
+
+void mesh_link_describe_denial(const struct mesh *mesh, const char *source,
+                               const char *destination, char *out, size_t size) {
+    const struct mesh_query *query = &mesh->queries[MESH_QUERY_INTENTIONS];
+    const struct document_intention *one = find_intention(mesh, source, destination);
+    if (query->active && query->failures == 0 && is_denial(one)) {
+        describe(one, out, size);
+    } else {
+        snprintf(out, size, "a Consul intention (or the default policy)");
+    }
+}
+
 static void tell_denied(struct mesh_link *link, const char *source,
                         const char *destination) {
     struct mesh *mesh = link->mesh;
@@ -125,24 +147,17 @@ static void tell_denied(struct mesh_link *link, const char *source,
     const struct document_intention *one = find_intention(mesh, source, destination);
     char which[400] =
         "Consul's default policy, or an intention that our token can't read,";
-    bool allows = one != NULL && one->action != NULL && strcmp(one->action, "allow") == 0;
     if (link->denied_at == 0) {
         link->denied_at = loop_now();
     }
-    if ((one == NULL || allows) && loop_now() - link->denied_at < NAME_TIME) {
+    if (!is_denial(one) && loop_now() - link->denied_at < NAME_TIME) {
         mesh_watch_recheck(mesh, NAME_TIME); /* unless news of it come before */
         return;
     }
-    if (allows) {
-        one = NULL; /* it is outdated, or outdone by one that we can't see */
+    if (is_denial(one)) {
+        describe(one, which, sizeof which);
+    } else if (one != NULL) { /* it is outdated, or outdone by one that we can't see */
         snprintf(which, sizeof which, "a Consul intention");
-    }
-    if (one != NULL) {
-        bool has_id = one->id != NULL && one->id[0] != '\0';
-        snprintf(which, sizeof which,
-                 "the Consul intention %.100s => %.100s (precedence %lld%s%.50s)",
-                 one->source, one->destination, (long long)one->precedence,
-                 has_id ? ", ID " : "", has_id ? one->id : "");
     }
     link->denied = true;
     error_set(&failure, MESHX_EDENIED, "%s denies %s => %s", which, source, destination);
@@ -175,7 +190,7 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
     struct mesh *mesh = link->mesh;
     struct meshx_failure why;
     if (is_running(mesh) && !link->gone &&
-        !mesh_lookup_allowed(failure, allowed, source, destination, &why)) {
+        !mesh_lookup_allowed(mesh, failure, allowed, source, destination, &why)) {
         link->refused = link->refused || failure == NULL;
         if (failure == NULL && !link->denied) {
             tell_denied(link, source, destination);

@@ -62,8 +62,8 @@ static void on_instances(const struct meshx_failure *failure,
     mesh_upstream_looked_up(request);
 }
 
-bool mesh_lookup_allowed(const struct meshx_failure *failure, bool allowed,
-                         const char *source, const char *destination,
+bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *failure,
+                         bool allowed, const char *source, const char *destination,
                          struct meshx_failure *out) {
     if (failure != NULL && failure->code == MESHX_EAGENT_ACL) {
         error_set(out, failure->code,
@@ -73,10 +73,12 @@ bool mesh_lookup_allowed(const struct meshx_failure *failure, bool allowed,
     } else if (failure != NULL) {
         *out = *failure;
     } else if (!allowed) {
+        char which[400];
+        mesh_link_describe_denial(mesh, source, destination, which, sizeof which);
         error_set(out, MESHX_EDENIED,
-                  "a Consul intention (or the default policy) denies %s => %s; allow it "
-                  "with `consul intention create -replace -allow %s %s`",
-                  source, destination, source, destination);
+                  "%s denies %s => %s; allow it with `consul intention create -replace "
+                  "-allow %s %s`",
+                  which, source, destination, source, destination);
     }
     return failure == NULL && allowed;
 }
@@ -87,8 +89,9 @@ static void allowed_answered(struct mesh_request *request,
                              const char *source, const char *destination) {
     struct meshx_failure found;
     bool lets_in = failure != NULL && request->kind == MESH_REQUEST_ACCEPT;
-    if (!mesh_lookup_allowed(failure, allowed, source, destination, &found) && !lets_in &&
-        request->allowed.code != MESHX_EDENIED) {
+    if (!mesh_lookup_allowed(request->mesh, failure, allowed, source, destination,
+                             &found) &&
+        !lets_in && request->allowed.code != MESHX_EDENIED) {
         request->allowed = found;
     }
     mesh_upstream_looked_up(request);

@@ -236,8 +236,15 @@ static void on_ended(struct sidecar *sidecar, int code, const char *how) {
 
 static void on_exec_failed(struct sidecar *sidecar, int error_number) {
     struct meshx_failure failure;
-    error_set_errno(&failure, error_number, "can't execute sidecar command %s",
-                    command_name(sidecar));
+    const char *command = command_name(sidecar);
+    if (error_number == ENOENT) {
+        error_set(&failure, MESHX_ESIDECAR_COMMAND,
+                  "sidecar command %s is not found%s; install it, or set sidecar_command",
+                  command, strchr(command, '/') == NULL ? " in PATH" : "");
+    } else {
+        error_set_errno(&failure, error_number, "can't execute sidecar command %s",
+                        command);
+    }
     failure.code = MESHX_ESIDECAR_COMMAND;
     wait_for_restart(sidecar, &failure);
 }

@@ -355,9 +355,9 @@ static void checks_decide_who_is_passing(void **state) {
 static void what_is_unknown_is_told_apart(void **state) {
     (void)state;
     assert_fails(&shared, PASS, "nobody@host:vm", "x", MESHX_ENODE_UNKNOWN,
-                 "passing check nobody@host:vm");
+                 "reporting a pass of check nobody@host:vm");
     assert_fails(&shared, FAIL, "nobody@host:vm", "x", MESHX_ENODE_UNKNOWN,
-                 "failing check nobody@host:vm");
+                 "reporting a failure of check nobody@host:vm");
     assert_false(succeed(&shared, SERVICE, "nobody@host", NULL).found);
     assert_int_equal(succeed(&shared, INSTANCES, "nobody@host", NULL).count, 0);
     assert_int_equal(succeed(&shared, CONNECT, "nobody@host", NULL).count, 0);
@@ -490,7 +490,7 @@ static void an_agent_may_go_and_come_back(void **state) {
     agent_thaw(agent);
     agent_kill(agent);
     assert_fails(&context, PASS, "restart@host:vm", NULL, MESHX_EAGENT_UNREACHABLE,
-                 "passing check restart@host:vm: ");
+                 "reporting a pass of check restart@host:vm: ");
     assert_fails(&context, SERVICE, "restart@host", NULL, MESHX_EAGENT_UNREACHABLE,
                  "Connection refused");
     agent_restart(agent);

@@ -359,7 +359,7 @@ static void fails_with_command(struct meshx_loop *loop, const char *program,
 
 static void a_sidecar_that_fails_fails_the_start(void **state) {
     fails_with_command(*state, "/no/such/sidecar", NULL, MESHX_ESIDECAR_COMMAND,
-                       "/no/such/sidecar");
+                       "/no/such/sidecar is not found; install it");
     fails_with_command(*state, "/bin/false", NULL, MESHX_ESIDECAR_EXITED, "status 1");
     fails_with_command(*state, "/bin/sleep", "1000", MESHX_ESIDECAR_TIMEOUT, "port");
 }

@@ -75,6 +75,35 @@ static void a_denied_link_is_told_once(void **state) {
     node_free(listener);
 }
 
+/* While intentions are watched, a refused dial says which one it is. */
+static void a_denied_dial_names_the_intention(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "namer@test");
+    register_other("friend@test", "friend@test", "friend@test", "\"Port\":1");
+    register_other("foe@test", "foe@test", "foe@test", "\"Port\":1");
+    char *intention = deny("*", "foe@test");
+    const struct node_event *answer =
+        node_upstream(node, "foe@test", "foe@test", MESHX_UPSTREAM_ASK);
+    assert_int_equal(answer->code, MESHX_EDENIED);
+    assert_non_null(strstr(answer->text, "(or the default policy) denies"));
+    link_up(node, 1, "friend@test", true);
+    char text[100];
+    snprintf(text, sizeof text, "intention * => foe@test (precedence 8, ID %s) denies",
+             intention);
+    do {
+        node_pause();
+        answer = node_upstream(node, "foe@test", "foe@test", MESHX_UPSTREAM_ASK);
+        assert_int_equal(answer->code, MESHX_EDENIED);
+    } while (strstr(answer->text, text) == NULL);
+    assert_non_null(strstr(answer->text, "-replace -allow namer@test foe@test"));
+    allow_again(intention);
+    deregister_other("friend@test");
+    deregister_other("foe@test");
+    node_free(node);
+    node_free(listener);
+}
+
 static void one_direction_if_wished(void **state) {
     struct node *listener = node_new(shared_agent, "unused@test");
     struct node *node = node_new(shared_agent, "oneway@test");
@@ -138,6 +167,7 @@ static void an_agent_that_returns_is_noticed_at_once(void **state) {
     link_up(node, 1, "anyone@test", true);
     agent_kill(agent);
     node_wait(node, MESHX_EVENT_LOG, 0, "trying again");
+    assert_null(strstr(node_info(node)->text, "==")); /* last failure: no filter in it */
     agent_restart(agent);
     node_wait(node, MESHX_EVENT_LOG, 0, "registered again");
     await_requests(node, 4);
@@ -224,6 +254,7 @@ static void every_allocation_may_fail(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(a_denied_link_is_told_once),
+        TEST(a_denied_dial_names_the_intention),
         TEST(one_direction_if_wished),
         TEST(a_critical_node_is_told_and_told_well),
         TEST(an_agent_that_returns_is_noticed_at_once),
