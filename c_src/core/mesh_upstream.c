@@ -32,8 +32,8 @@
 #define OPEN_TIME 5000
 #define OPEN_PAUSE_MIN 2
 #define OPEN_PAUSE_MAX 100
-/* From then on "unknown" is what the system has to say about it. */
-#define OPEN_UNKNOWN 20
+/* So many looks in a row, and "unknown" is what the system has to say about it. */
+#define OPEN_UNKNOWN 10
 /* Moves of an upstream on behalf of one request. */
 #define MOVES_MAX 3
 
@@ -297,7 +297,9 @@ static bool is_closed(struct mesh_request *request, bool *changed) {
     }
     uint64_t now = loop_now();
     uint64_t left = now < request->open_by ? request->open_by - now : 0;
-    switch (owner_of(mesh, upstream)) {
+    enum listener_owner owner = owner_of(mesh, upstream);
+    request->unknown = owner == LISTENER_UNKNOWN ? request->unknown + 1 : 0;
+    switch (owner) {
     case LISTENER_NOBODY:
         if (left > 0) {
             return true;
@@ -312,7 +314,7 @@ static bool is_closed(struct mesh_request *request, bool *changed) {
         move(request, upstream, changed);
         return false;
     case LISTENER_UNKNOWN:
-        if (mesh->sidecar != NULL && left > OPEN_TIME - OPEN_UNKNOWN) {
+        if (mesh->sidecar != NULL && left > 0 && request->unknown < OPEN_UNKNOWN) {
             return true;
         }
         break;
@@ -350,6 +352,7 @@ void mesh_upstream_look(struct mesh *mesh) {
 static void await_listener(struct mesh_request *request) {
     request->revision = 0;
     request->open_by = loop_now() + OPEN_TIME;
+    request->unknown = 0;
 }
 
 void mesh_upstream_applied(struct mesh *mesh, uint64_t revision,

@@ -20,6 +20,7 @@ int stop_shared_agent(void **state) {
 
 int start_loop(void **state) {
     struct meshx_loop *loop = NULL;
+    node_pauses_begin();
     assert_int_equal(meshx_loop_start(&loop), MESHX_OK);
     *state = loop;
     return 0;

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- upstreams ---- */
@@ -47,10 +48,13 @@ static void a_burst_of_upstreams_takes_few_registrations(void **state) {
     struct node *node = node_start(*state, shared_agent, "burst@test");
     char names[COUNT][32];
     uint16_t ports[COUNT];
+    struct timespec begin;
+    struct timespec end;
     for (int i = 0; i < COUNT; i++) {
         snprintf(names[i], sizeof names[i], "target%d@test", i);
         register_other(names[i], names[i], names[i], "\"Port\":1");
     }
+    clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int i = 0; i < COUNT; i++) {
         assert_int_equal(meshx_mesh_upstream(node->mesh, 100 + (uint64_t)i, names[i],
                                              names[i], MESHX_UPSTREAM_DIAL),
@@ -65,9 +69,15 @@ static void a_burst_of_upstreams_takes_few_registrations(void **state) {
             assert_int_not_equal(ports[i], ports[j]);
         }
     }
+    clock_gettime(CLOCK_MONOTONIC, &end);
     const struct meshx_info info = node_info(node)->info;
     assert_int_equal(info.upstream_count, COUNT);
-    assert_in_range(info.registrations, 2, 3); /* the first had none of them */
+    /* The first had none of them, and one or two had all; one more for each 50 ms in
+     * which an agent on a loaded machine may have answered nothing. */
+    const uint64_t milliseconds = (uint64_t)(end.tv_sec - begin.tv_sec) * 1000 +
+                                  (uint64_t)(end.tv_nsec / 1000000) -
+                                  (uint64_t)(begin.tv_nsec / 1000000);
+    assert_in_range(info.registrations, 2, 3 + milliseconds / 50);
     char *body = NULL;
     agent_request(shared_agent, "GET", path_of(SERVICE "-sidecar-proxy", "burst@test"),
                   NULL, &body);
@@ -210,6 +220,7 @@ static void an_agent_that_forgot_us_is_told_again(void **state) {
     assert_int_equal(info.upstream_count, 1);
     assert_true(info.registered);
     while (!node_echo(port)) { /* until the proxies have their new certificates */
+        node_pause();
     }
     assert_int_equal(node_count(one, MESHX_EVENT_LOG, "trying again"), 1);
     node_free(one);

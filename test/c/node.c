@@ -10,10 +10,17 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LIMIT_SECONDS = 60, RENEW_INTERVAL_MS = 100 };
+enum { LIMIT_SECONDS = 60, RENEW_INTERVAL_MS = 100, PAUSES_MAX = 60000 };
+
+static unsigned pauses;
+
+void node_pauses_begin(void) {
+    pauses = 0;
+}
 
 void node_pause(void) {
-    struct timespec time = {0, 5000000};
+    const struct timespec time = {0, 5000000};
+    assert_in_range(++pauses, 1, PAUSES_MAX);
     nanosleep(&time, NULL);
 }
 
@@ -86,6 +93,7 @@ static void on_event(const struct meshx_event *event, void *context) {
     pthread_mutex_lock(&node->lock);
     if (node->count < NODE_EVENTS) {
         struct node_event *record = &node->events[node->count++];
+        record->waited_for = false; /* the place may have been another one's */
         record->type = event->type;
         record->request = event->request;
         record->code = event->failure != NULL ? event->failure->code : MESHX_OK;
@@ -287,7 +295,14 @@ void node_free(struct node *node) {
 const struct node_event *node_info(struct node *node) {
     uint64_t request = ++node->requests;
     assert_int_equal(meshx_mesh_info(node->mesh, request), MESHX_OK);
-    return node_wait(node, MESHX_EVENT_INFO, request, NULL);
+    const struct node_event *answer = node_wait(node, MESHX_EVENT_INFO, request, NULL);
+    pthread_mutex_lock(&node->lock);
+    node->info = *answer;
+    if (answer == &node->events[node->count - 1]) {
+        node->count--; /* however often it is asked, there is room for other events */
+    }
+    pthread_mutex_unlock(&node->lock);
+    return &node->info;
 }
 
 int node_info_refused(struct node *node) {

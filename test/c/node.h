@@ -47,6 +47,7 @@ struct node {
     bool released;
     size_t count;
     struct node_event events[NODE_EVENTS];
+    struct node_event info; /* of the last node_info() */
 };
 
 /* A node that can be opened as it is. Name, service ID and service Name are the same. */
@@ -71,7 +72,7 @@ size_t node_count(struct node *node, enum meshx_event_type type, const char *tex
 /* Prints all of them so far, for whoever reads why a test failed. */
 void node_show_events(const struct node *node);
 
-/* Ask and wait for the answer. */
+/* Ask and wait for the answer; node_info() keeps only its last one. */
 const struct node_event *node_info(struct node *node);
 const struct node_event *node_upstream(struct node *node, const char *other,
                                        const char *service_name,
@@ -88,8 +89,10 @@ const struct node_event *node_stop(struct node *node);
 void node_wait_agent(const struct agent *agent, const char *path, int status,
                      const char *text);
 
-/* Between two looks at something that can't be waited for. */
+/* Between two looks at something that can't be waited for. Fails the test when there are
+ * more of them than any test needs, some minutes; start_loop() begins to count anew. */
 void node_pause(void);
+void node_pauses_begin(void);
 
 /* Sends some bytes to |port| and awaits their echo. Retries as long as nothing listens
  * there. False: the connection was cut. */
