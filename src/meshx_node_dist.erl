@@ -66,7 +66,13 @@ listen(Name) ->
         {ok, {meshx_node_nif:socket(), #net_address{}, Creation :: non_neg_integer()}} | {error, term()}.
 listen(Name, Host) ->
     Node = list_to_atom(atom_to_list(Name) ++ "@" ++ Host),
-    maybe_listen(Node, Host, meshx_node_nif:load()).
+    case is_node_name(Node) of
+        true ->
+            maybe_listen(Node, Host, meshx_node_nif:load());
+        false ->
+            %% erlang:setnode/2 would refuse it, but only when it is registered.
+            start_failed(Node, {bad_node_name, "a node name has one @, and something on either side"})
+    end.
 
 maybe_listen(Node, Host, ok) ->
     %% For inet:format_error/1, now: when descriptors have run out no module can be loaded.

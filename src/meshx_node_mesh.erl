@@ -359,7 +359,12 @@ ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
         ServiceName ->
             request(From, S, fun(Request) ->
                 meshx_node_nif:mesh_upstream(
-                    Mesh, Request, atom_to_binary(Node), ServiceName, Mode
+                    Mesh,
+                    Request,
+                    atom_to_binary(Node),
+                    meshx_node_name:service_id(Node),
+                    ServiceName,
+                    Mode
                 )
             end)
     catch
