@@ -109,9 +109,15 @@ is_remote_shell() ->
             init:get_plain_arguments()
         ).
 
-%% net_kernel knows one reason by name, and prints only an atom of any other.
+%% net_kernel knows one reason by name, and prints only an atom of any other. It starts the node with
+%% what other carriers there are.
 start_failed(Node, {Reason, Text}) ->
-    report_start_failure(io_lib:format("node ~ts does not start: ~ts", [Node, Text])),
+    Failed =
+        case meshx_node_select:is_alone() of
+            true -> "does not start";
+            false -> "is not in the mesh"
+        end,
+    report_start_failure(io_lib:format("node ~ts ~ts: ~ts", [Node, Failed, Text])),
     case Reason of
         name_in_use -> {error, duplicate_name};
         _ -> {error, Reason}
@@ -198,7 +204,8 @@ do_accept(Kernel, Controller, MyNode, Allowed, SetupTime) ->
 %% The only place where net_kernel can be told that setup/5 is not to be called.
 -spec select(node()) -> boolean().
 select(Node) ->
-    is_node_name(Node) andalso (has_room() orelse not_selected(Node)).
+    is_node_name(Node) andalso (has_room() orelse not_selected(Node)) andalso
+        meshx_node_select:takes(Node).
 
 not_selected(Node) ->
     ?LOG_ERROR(
