@@ -246,10 +246,11 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
 enum meshx_upstream_mode {
     MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
     MESHX_UPSTREAM_ASK,  /* no more than that */
+    MESHX_UPSTREAM_FIND, /* only whether it is registered, healthy or not */
 };
 
 /*
- * Asks where to dial |node|, whose service Name is |service_name|: at the local port at
+ * Asks where to dial |node|, whose service has this ID and Name: at the local port at
  * which the sidecar forwards to it. A control node gets the listener itself if that is on
  * this host and of this user, else the port of a proxy that is started for it.
  * An UPSTREAM event with |request| answers, always exactly one (ESTOPPED
@@ -258,7 +259,8 @@ enum meshx_upstream_mode {
  * MESHX_ESTOPPED (STOPPED was sent, or the loop is stopping) and makes no event.
  */
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
-                        const char *service_name, enum meshx_upstream_mode mode);
+                        const char *service_id, const char *service_name,
+                        enum meshx_upstream_mode mode);
 
 /*
  * Asks only whether intentions allow a link to |node|, which has dialed us; if they can't

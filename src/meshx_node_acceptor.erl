@@ -80,8 +80,9 @@ start(Listener) ->
 admit_name(Acceptor, Name, Flags) ->
     (Flags band ?NAME_ME =:= 0 andalso is_atom_already(Name)) orelse ask_for_name(Acceptor).
 
+%% A name goes over the wire in Latin-1 (dist_util).
 is_atom_already(Name) ->
-    try is_atom(binary_to_existing_atom(Name))
+    try is_atom(binary_to_existing_atom(Name, latin1))
     catch
         error:_ -> false
     end.

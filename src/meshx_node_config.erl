@@ -418,18 +418,19 @@ pairs(_) -> [].
 
 build(Node, Settings, Command) ->
     Name = atom_to_binary(Node),
+    Id = meshx_node_name:service_id(Node),
     Naming = value(service_name, Settings),
     Consul = consul(Settings),
     check_restarts(Settings),
     ServiceName = own_service_name(Node, Naming, Settings),
-    Values = [{<<"id">>, Name}, {<<"name">>, ServiceName}, {<<"node">>, Name}],
+    Values = [{<<"id">>, Id}, {<<"name">>, ServiceName}, {<<"node">>, Name}],
     Removed = [{Variable, false} || {Variable, _} <- consul_variables(Settings)],
     Variables = value(sidecar_env, Settings),
     Environment = meshx_node_command:environment(Removed ++ Consul, Variables),
     Guard = meshx_node_command:absolute(filename:join(meshx_node_path:priv_dir(), "meshx_guard")),
     Computed = #{
         node => Name,
-        service_id => Name,
+        service_id => Id,
         service_name => ServiceName,
         naming => Naming,
         consul => Consul,

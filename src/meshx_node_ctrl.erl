@@ -26,9 +26,10 @@
 %% How long a stranger may take to send its first packet, ms (dist_util's own setup time).
 -define(FIRST_PACKET_TIME, 7000).
 
-%% Bytes of a node name. An atom has 255, and net_kernel, which ends with the whole VM on more,
-%% puts up to 12 before the host of a node that asks for a name.
--define(NAME_SIZE_MAX, 240).
+%% Bytes of a node name, which goes over the wire in Latin-1: what an atom has. net_kernel, which ends
+%% with the whole VM on more, puts up to 12 before the host of a node that asks for a name.
+-define(NAME_SIZE_MAX, 255).
+-define(HOST_SIZE_MAX, 240).
 
 %% The flag of a node that has no name and asks for one.
 -define(NAME_ME, (1 bsl 33)).
@@ -222,7 +223,7 @@ init_accepted(Kernel, Link) ->
         end,
     case read_packet(Link, ?FIRST_PACKET_TIME) of
         {ok, <<$N, Flags:64, _Creation:32, Size:16, Name:Size/binary, _/binary>> = First} when
-            Size =< ?NAME_SIZE_MAX
+            Size =< ?HOST_SIZE_MAX; Size =< ?NAME_SIZE_MAX, Flags band ?NAME_ME =:= 0
         ->
             meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
             How = check_intentions(Link, Name, Flags),
@@ -278,7 +279,7 @@ service_user(Host, Flags) when Flags band ?NAME_ME =/= 0 ->
     service_user(<<"undefined@", Host/binary>>, 0);
 service_user(Name, _Flags) ->
     try
-        binary_to_atom(Name)
+        binary_to_atom(Name, latin1)
     catch
         error:_ -> nonode@nohost
     end.
@@ -385,8 +386,8 @@ explain_challenge(
     #handshake{node = Node, upstream = {Kind, _, _} = Upstream, received = 1},
     <<$N, _Flags:64, _Challenge:32, _Creation:32, Size:16, Name:Size/binary, _/binary>>
 ) when Kind =/= sidecar ->
-    atom_to_binary(Node) =:= Name orelse
-        ?LOG_WARNING("meshx_node: no link to ~ts: ~ts leads to ~ts", [Node, name(Upstream), Name]);
+    atom_to_list(Node) =:= binary_to_list(Name) orelse
+        ?LOG_WARNING("meshx_node: no link to ~ts: ~ts leads to ~s", [Node, name(Upstream), Name]);
 explain_challenge(_, _) ->
     ok.
 

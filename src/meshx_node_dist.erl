@@ -66,7 +66,13 @@ listen(Name) ->
         {ok, {meshx_node_nif:socket(), #net_address{}, Creation :: non_neg_integer()}} | {error, term()}.
 listen(Name, Host) ->
     Node = list_to_atom(atom_to_list(Name) ++ "@" ++ Host),
-    maybe_listen(Node, Host, meshx_node_nif:load()).
+    case is_node_name(Node) of
+        true ->
+            maybe_listen(Node, Host, meshx_node_nif:load());
+        false ->
+            %% erlang:setnode/2 would refuse it, but only when it is registered.
+            start_failed(Node, {bad_node_name, "a node name has one @, and something on either side"})
+    end.
 
 maybe_listen(Node, Host, ok) ->
     %% For inet:format_error/1, now: when descriptors have run out no module can be loaded.
@@ -103,9 +109,15 @@ is_remote_shell() ->
             init:get_plain_arguments()
         ).
 
-%% net_kernel knows one reason by name, and prints only an atom of any other.
+%% net_kernel knows one reason by name, and prints only an atom of any other. It starts the node with
+%% what other carriers there are.
 start_failed(Node, {Reason, Text}) ->
-    report_start_failure(io_lib:format("node ~ts does not start: ~ts", [Node, Text])),
+    Failed =
+        case meshx_node_select:is_alone() of
+            true -> "does not start";
+            false -> "is not in the mesh"
+        end,
+    report_start_failure(io_lib:format("node ~ts ~ts: ~ts", [Node, Failed, Text])),
     case Reason of
         name_in_use -> {error, duplicate_name};
         _ -> {error, Reason}
@@ -192,7 +204,8 @@ do_accept(Kernel, Controller, MyNode, Allowed, SetupTime) ->
 %% The only place where net_kernel can be told that setup/5 is not to be called.
 -spec select(node()) -> boolean().
 select(Node) ->
-    is_node_name(Node) andalso (has_room() orelse not_selected(Node)).
+    is_node_name(Node) andalso (has_room() orelse not_selected(Node)) andalso
+        meshx_node_select:takes(Node).
 
 not_selected(Node) ->
     ?LOG_ERROR(

@@ -7,7 +7,7 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, accepts/2]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, find/3, accepts/2]).
 -export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([upstream/0, how/0]).
@@ -126,6 +126,24 @@ upstream(Node, Mode) ->
         %% The C side keeps request_timeout.
         true -> call({upstream, Node, Mode});
         false -> {error, {node_unknown, text("~0tP is not a node name", [Node, 20])}}
+    end.
+
+%% Whether Node is in the mesh, asked for at most so many ms; as many again if we, Own, are a control
+%% node that dials for the first time.
+-spec find(node(), node(), pos_integer()) -> ok | timeout | {error, meshx_node_nif:failure()}.
+find(Node, Own, Time) ->
+    try
+        case gen_server:call(?MODULE, {start_control_node, Own}, Time) of
+            ok -> gen_server:call(?MODULE, {upstream, Node, find}, Time);
+            stopping -> not_started();
+            {error, _} = Error -> Error
+        end
+    of
+        {ok, _} -> ok;
+        {error, Failure} -> {error, Failure}
+    catch
+        exit:{timeout, _} -> timeout;
+        exit:{_, _} -> not_started()
     end.
 
 %% Whether intentions allow a link to Node, which has dialled us. Where they can't be asked (in
@@ -319,7 +337,9 @@ open({ok, Loaded}, Listener, From, S) ->
                 Config
             ),
             renew_later(Opened = S#state{mesh = Mesh, tag = Tag, config = Kept, starter = From}),
-            Warned = lists:foldl(fun warn/2, Opened, meshx_node_config:open_files(Loaded)),
+            Warned = lists:foldl(
+                fun warn/2, Opened, meshx_node_select:warnings() ++ meshx_node_config:open_files(Loaded)
+            ),
             %% What was read may hold secrets; here, it would be in a crash dump.
             true = erlang:garbage_collect(),
             {noreply, Warned};
@@ -378,7 +398,12 @@ ask_mesh(Node, Mode, From, #state{mesh = Mesh, config = Config} = S) ->
         ServiceName ->
             request({Kind, From}, S, fun(Request) ->
                 meshx_node_nif:mesh_upstream(
-                    Mesh, Request, atom_to_binary(Node), ServiceName, Mode
+                    Mesh,
+                    Request,
+                    atom_to_binary(Node),
+                    meshx_node_name:service_id(Node),
+                    ServiceName,
+                    Mode
                 )
             end)
     catch

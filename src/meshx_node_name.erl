@@ -6,7 +6,7 @@
 %% mix up are intentions. Pure functions, no process.
 -module(meshx_node_name).
 
--export([service_name/2, check_own/2, sha256/1]).
+-export([service_id/1, service_name/2, check_own/2, sha256/1]).
 -export_type([mapping/0]).
 
 -type name() :: unicode:chardata() | atom().
@@ -20,6 +20,16 @@
 -define(MAX_SIZE, 200).
 %% So that 10 digits, and "-sidecar-proxy" after them, still make a DNS label of 63 bytes.
 -define(MAX_PREFIX, 36).
+
+%% @doc The service's ID: the node name as far as it can be one. Consul's catalog takes IDs that
+%% differ only in case for one, its proxy does not find those with capitals, and a '/' ends one.
+-spec service_id(node()) -> binary().
+service_id(Node) ->
+    Full = atom_to_binary(Node),
+    case re:run(Full, "^[a-z0-9@._:-]+$", [dollar_endonly]) of
+        {match, _} -> Full;
+        nomatch -> label(Full)
+    end.
 
 %% @doc The service's Name. Only a function's result can be wrong; that is an error with a
 %% text for people.
@@ -39,7 +49,11 @@ service_name(Node, Function) when is_function(Function, 1) ->
 check_own(Name, node) ->
     case re:run(Name, "^[A-Za-z0-9@._:-]+$", [dollar_endonly]) of
         {match, _} when byte_size(Name) =< ?MAX_SIZE -> ok;
-        _ -> {error, ["node name ", Name, " can't be a Consul service name; use service_name dns"]}
+        _ ->
+            Format =
+                "node name ~ts can't be a Consul service name (1 to ~b of A-Z a-z 0-9 @ . _ : -); "
+                "use service_name dns, on all nodes",
+            {error, io_lib:format(Format, [Name, ?MAX_SIZE])}
     end;
 check_own(_, _) ->
     ok.

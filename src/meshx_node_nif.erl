@@ -24,7 +24,7 @@
     tick/1,
     statistics/1,
     mesh_open/2,
-    mesh_upstream/5,
+    mesh_upstream/6,
     mesh_link_up/5,
     mesh_link_down/2,
     mesh_info/2,
@@ -204,14 +204,17 @@ statistics(Link) ->
 mesh_open(Config, Tag) ->
     load_and_call(?FUNCTION_NAME, [Config, Tag]).
 
-%% Asks for the way to a node, or, of one that has dialled us, whether it may; Socket is
-%% peer_socket/1's. An `upstream' event answers.
--spec mesh_upstream(
-    mesh(), non_neg_integer(), binary(), binary(), dial | ask | {accept, Socket :: non_neg_integer()}
-) ->
-    ok | {error, atom()}.
-mesh_upstream(Mesh, Request, Node, ServiceName, Mode) ->
-    load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceName, Mode]).
+%% Asks for the way to a node, or only whether there is one, or whether it is registered; or, of one
+%% that has dialled us, whether it may; Socket is peer_socket/1's. An `upstream' event answers.
+-spec mesh_upstream(mesh(), non_neg_integer(), Node, ServiceId, ServiceName, Mode) ->
+    ok | {error, atom()}
+when
+    Node :: binary(),
+    ServiceId :: binary(),
+    ServiceName :: binary(),
+    Mode :: dial | ask | find | {accept, Socket :: non_neg_integer()}.
+mesh_upstream(Mesh, Request, Node, ServiceId, ServiceName, Mode) ->
+    load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceId, ServiceName, Mode]).
 
 %% A node is linked from now on until mesh_link_down/2: `link_denied' and `link_health' events may
 %% tell of it.

@@ -116,6 +116,7 @@ struct mesh_request *mesh_request_new(enum mesh_request_kind kind, uint64_t id,
 
 void mesh_request_free(struct mesh_request *request) {
     free(request->node);
+    free(request->service_id);
     free(request->service_name);
     free(request);
 }
@@ -156,6 +157,7 @@ static void read_request(struct mesh *mesh, struct mesh_request *request) {
     switch (request->kind) {
     case MESH_REQUEST_DIAL:
     case MESH_REQUEST_ASK:
+    case MESH_REQUEST_FIND:
     case MESH_REQUEST_ACCEPT:
         mesh_upstream_request(mesh, request);
         return;
@@ -476,12 +478,19 @@ fail:
 }
 
 int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *node,
-                        const char *service_name, enum meshx_upstream_mode mode) {
+                        const char *service_id, const char *service_name,
+                        enum meshx_upstream_mode mode) {
     static const enum mesh_request_kind kinds[] = {
         [MESHX_UPSTREAM_DIAL] = MESH_REQUEST_DIAL,
-        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK};
-    return leave_request(mesh,
-                         mesh_request_new(kinds[mode], request, node, service_name));
+        [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK,
+        [MESHX_UPSTREAM_FIND] = MESH_REQUEST_FIND};
+    struct mesh_request *made =
+        mesh_request_new(kinds[mode], request, node, service_name);
+    if (made != NULL && (made->service_id = strdup(service_id)) == NULL) {
+        mesh_request_free(made);
+        made = NULL;
+    }
+    return leave_request(mesh, made);
 }
 
 int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *node,

@@ -78,7 +78,7 @@ static void on_sidecar(const struct meshx_failure *failure,
 
 void mesh_control_node_find(struct mesh_request *request) {
     char id[512];
-    snprintf(id, sizeof id, "%s" SIDECAR_SUFFIX, request->node);
+    snprintf(id, sizeof id, "%s" SIDECAR_SUFFIX, request->service_id);
     request->lookups = 1;
     if (consul_service(request->mesh->consul, id, on_sidecar, request) != MESHX_OK) {
         request->lookups = 0;

@@ -51,6 +51,7 @@ struct mesh_way {
 enum mesh_request_kind {
     MESH_REQUEST_DIAL,
     MESH_REQUEST_ASK,
+    MESH_REQUEST_FIND,
     MESH_REQUEST_ACCEPT,
     MESH_REQUEST_INFO,
     MESH_REQUEST_LINK_UP,
@@ -62,6 +63,7 @@ struct mesh_request {
     enum mesh_request_kind kind;
     uint64_t id;
     char *node;
+    char *service_id; /* DIAL, ASK and FIND, else NULL */
     char *service_name;
     bool dialed;     /* LINK_UP */
     uint32_t socket; /* ACCEPT: inode of the connection's other end; 0: not known */

@@ -33,6 +33,8 @@ static void judge_instances(struct mesh_request *request,
                   "%s is not registered in Consul (service %s); is it started, with "
                   "-proto_dist meshx_node and in this datacenter?",
                   request->node, request->service_name);
+    } else if (request->kind == MESH_REQUEST_FIND) {
+        return; /* how it is doing is not asked */
     } else if (!passing) {
         error_set(&request->found, MESHX_ENODE_UNHEALTHY,
                   "%s is registered in Consul (service %s), but not healthy: %.250s",
@@ -144,7 +146,7 @@ void mesh_lookup(struct mesh_request *request) {
         }
         request->lookups = 1;
     }
-    if (ask_intentions(request) != MESHX_OK) {
+    if (request->kind != MESH_REQUEST_FIND && ask_intentions(request) != MESHX_OK) {
         mesh_upstream_out_of_memory(request);
     }
 }

@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 
 #define PROBE_INTERVAL 5 /* milliseconds; decides how long a start takes */
 #define LOOK_INTERVAL 3  /* milliseconds; so does this */
@@ -198,6 +199,13 @@ static void on_own_service(const struct meshx_failure *failure,
     claim_answered(mesh, failure);
 }
 
+/* Would it be found where the other is looked for? */
+static bool is_twin(const struct document_instance *instance,
+                    const struct meshx_config *config) {
+    return instance->node != NULL && instance->passing &&
+           strcasecmp(instance->node, config->node) == 0;
+}
+
 static void on_own_instances(const struct meshx_failure *failure,
                              const struct document_instances *instances, void *argument) {
     struct mesh *mesh = argument;
@@ -207,6 +215,13 @@ static void on_own_instances(const struct meshx_failure *failure,
     for (size_t i = 0; failure == NULL && i < instances->count; i++) {
         const struct document_instance *instance = &instances->items[i];
         if (instance->node == NULL || strcmp(instance->node, config->node) != 0) {
+            if (is_twin(instance, config)) {
+                error_set(&rival, MESHX_ENAME_IN_USE,
+                          "%s (the names of Consul's services ignore case; "
+                          "service_name dns tells the two apart)",
+                          instance->node);
+                failure = &rival;
+            }
             continue;
         }
         bool same_id = strcmp(instance->service_id, config->service_id) == 0;

@@ -59,7 +59,8 @@ void mesh_upstream_answer(struct mesh_request *request,
                                 .direct = way->direct};
     request->answered = true;
     request->proxy = NULL;
-    if (failure != NULL && failure->code != MESHX_ESTOPPED) {
+    if (failure != NULL && failure->code != MESHX_ESTOPPED &&
+        request->kind != MESH_REQUEST_FIND) {
         mesh_note_failure(mesh, failure);
     }
     mesh_emit(mesh, &event);
@@ -520,6 +521,8 @@ static void look_up(struct mesh_request *request) {
     if (accepts && is_direct(request)) {
         mesh_upstream_answer(request, NULL,
                              &(struct mesh_way){.address = "127.0.0.1", .direct = true});
+    } else if (request->kind == MESH_REQUEST_FIND) {
+        mesh_lookup(request);
     } else if (!accepts && mesh->config.values.control_node) {
         mesh_control_node_find(request);
     } else if (!accepts && !mesh->sidecar_accepts) {

@@ -375,12 +375,20 @@ static bool get_socket(ErlNifEnv *env, ERL_NIF_TERM mode, unsigned *socket) {
            enif_get_uint(env, pair[1], socket);
 }
 
-/* mesh_upstream(Mesh, Request, Node, ServiceName, dial | ask | {accept, Socket}) ->
- *     ok | {error, Code} */
+static enum meshx_upstream_mode upstream_mode(ERL_NIF_TERM mode) {
+    if (enif_is_identical(mode, am_find)) {
+        return MESHX_UPSTREAM_FIND;
+    }
+    return enif_is_identical(mode, am_ask) ? MESHX_UPSTREAM_ASK : MESHX_UPSTREAM_DIAL;
+}
+
+/* mesh_upstream(Mesh, Request, Node, ServiceId, ServiceName,
+ *     dial | ask | find | {accept, Socket}) -> ok | {error, Code} */
 ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
     ErlNifUInt64 request;
     char *node = NULL;
+    char *service_id = NULL;
     char *service_name = NULL;
     unsigned socket = 0;
     ERL_NIF_TERM result;
@@ -389,22 +397,23 @@ ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv
     (void)argc;
     if (mesh == NULL || !enif_get_uint64(env, argv[1], &request) ||
         (node = terms_to_text(env, argv[2])) == NULL ||
-        (service_name = terms_to_text(env, argv[3])) == NULL) {
+        (service_id = terms_to_text(env, argv[3])) == NULL ||
+        (service_name = terms_to_text(env, argv[4])) == NULL) {
         enif_free(node);
+        enif_free(service_id);
         return enif_make_badarg(env);
     }
     enif_mutex_lock(mesh->lock);
     if (mesh->handle != NULL) {
-        rc = get_socket(env, argv[4], &socket)
+        rc = get_socket(env, argv[5], &socket)
                  ? meshx_mesh_accept(mesh->handle, request, node, service_name, socket)
-                 : meshx_mesh_upstream(mesh->handle, request, node, service_name,
-                                       enif_is_identical(argv[4], am_ask)
-                                           ? MESHX_UPSTREAM_ASK
-                                           : MESHX_UPSTREAM_DIAL);
+                 : meshx_mesh_upstream(mesh->handle, request, node, service_id,
+                                       service_name, upstream_mode(argv[5]));
     }
     enif_mutex_unlock(mesh->lock);
     result = make_result(env, rc);
     enif_free(node);
+    enif_free(service_id);
     enif_free(service_name);
     return result;
 }

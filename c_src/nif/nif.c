@@ -104,7 +104,7 @@ static ErlNifFunc functions[] = {
     {"tick", 1, nif_tick, 0},
     {"statistics", 1, nif_statistics, 0},
     {"mesh_open", 2, nif_mesh_open, 0},
-    {"mesh_upstream", 5, nif_mesh_upstream, 0},
+    {"mesh_upstream", 6, nif_mesh_upstream, 0},
     {"mesh_link_up", 5, nif_mesh_link_up, 0},
     {"mesh_link_down", 2, nif_mesh_link_down, 0},
     {"mesh_info", 2, nif_mesh_info, 0},

@@ -13,7 +13,7 @@
 #define TERMS_ATOMS(X) \
     X(dial) X(dialed) X(intention_directions) X(link_denied) X(link_health) \
     X(agent) X(applied) X(ask) X(backlog) X(closed) X(consul) X(control_node) X(deregister_after) X(direct) X(drained) \
-    X(error) X(failed) X(false) X(force_registration) X(guard_path) X(handshake) X(info) \
+    X(error) X(failed) X(false) X(find) X(force_registration) X(guard_path) X(handshake) X(info) \
     X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \
     X(log) X(meshx_event) X(more) X(node) X(nodelay) X(none) X(notice) X(ok) X(output) X(own) X(port) \
     X(priority) X(ready) X(recbuf) X(registered) X(registrations) X(repairs) \

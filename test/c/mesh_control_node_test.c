@@ -140,7 +140,7 @@ static bool live_with_failure(struct meshx_loop *loop, unsigned nth) {
     }
     for (size_t i = 0; code == MESHX_OK && i < 2; i++) {
         uint64_t request = ++node->requests;
-        code = meshx_mesh_upstream(node->mesh, request, others[i], others[i],
+        code = meshx_mesh_upstream(node->mesh, request, others[i], others[i], others[i],
                                    MESHX_UPSTREAM_DIAL);
         if (code == MESHX_OK) {
             code = node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL)->code;

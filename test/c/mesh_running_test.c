@@ -57,7 +57,7 @@ static void a_burst_of_upstreams_takes_few_registrations(void **state) {
     clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int i = 0; i < COUNT; i++) {
         assert_int_equal(meshx_mesh_upstream(node->mesh, 100 + (uint64_t)i, names[i],
-                                             names[i], MESHX_UPSTREAM_DIAL),
+                                             names[i], names[i], MESHX_UPSTREAM_DIAL),
                          MESHX_OK);
     }
     for (int i = 0; i < COUNT; i++) {
@@ -115,6 +115,17 @@ static void each_refusal_says_why_and_leaves_no_upstream(void **state) {
         answer = node_upstream(node, "guarded@test", "guarded@test", modes[i]);
         assert_int_equal(answer->code, MESHX_EDENIED);
         assert_non_null(strstr(answer->text, "asker@test => guarded@test"));
+    }
+    /* Who only looks whether they are registered learns that much. */
+    assert_int_equal(
+        node_upstream(node, "nobody@test", "sick@test", MESHX_UPSTREAM_FIND)->code,
+        MESHX_ENODE_UNKNOWN);
+    static const char *const found[][2] = {
+        {"sick@test", "sick@test"}, {"a@test", "pair"}, {"guarded@test", "guarded@test"}};
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(
+            node_upstream(node, found[i][0], found[i][1], MESHX_UPSTREAM_FIND)->code,
+            MESHX_OK);
     }
     const struct meshx_info info = node_info(node)->info;
     assert_int_equal(info.upstream_count, 0);

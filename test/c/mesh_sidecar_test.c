@@ -149,7 +149,8 @@ static void an_upstream_taken_before_it_is_opened_moves(void **state) {
     const uint64_t request = 1000;
     kill_sidecar(node, SIGSTOP);
     assert_int_equal(meshx_mesh_upstream(node->mesh, request, "fasterpeer@test",
-                                         "fasterpeer@test", MESHX_UPSTREAM_DIAL),
+                                         "fasterpeer@test", "fasterpeer@test",
+                                         MESHX_UPSTREAM_DIAL),
                      MESHX_OK);
     const struct node_event *info = node_info(node);
     while (info->info.upstream_count == 0 || info->info.registrations < 2) {

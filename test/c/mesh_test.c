@@ -64,9 +64,9 @@ static void stop_during_a_start_undoes_it(void **state) {
     node->command[1] = "1000";
     node->command[2] = NULL;
     node_open(node, *state);
-    assert_int_equal(
-        meshx_mesh_upstream(node->mesh, 7, "x@test", "x@test", MESHX_UPSTREAM_DIAL),
-        MESHX_OK);
+    assert_int_equal(meshx_mesh_upstream(node->mesh, 7, "x@test", "x@test", "x@test",
+                                         MESHX_UPSTREAM_DIAL),
+                     MESHX_OK);
     await(SERVICE, "hasty@test", 200, NULL);
     assert_int_equal(node_info(node)->info.state, MESHX_STATE_STARTING);
     assert_int_equal(node_stop(node)->code, MESHX_OK);
@@ -291,6 +291,19 @@ static void a_healthy_instance_elsewhere_keeps_its_name(void **state) {
     node_free(node);
 }
 
+/* Consul would find either of them under both names. */
+static void a_name_in_other_case_is_kept_too(void **state) {
+    struct node *node = node_new(shared_agent, "twin@test");
+    register_other("twin-in-capitals", "TWIN@test", "TWIN@test", "\"Port\":1");
+    const struct node_event *failed = fail_to_start(node, *state);
+    assert_int_equal(failed->code, MESHX_ENAME_IN_USE);
+    assert_non_null(strstr(failed->text, "in use by TWIN@test"));
+    assert_non_null(strstr(failed->text, "service_name dns"));
+    assert_not_registered("twin@test");
+    deregister_other("twin-in-capitals");
+    node_free(node);
+}
+
 static void what_a_crash_left_behind_is_taken_over(void **state) {
     struct node *node = node_new(shared_agent, "stale@test");
     char more[32];
@@ -419,7 +432,7 @@ static int ask_all(struct node *node) {
     do { /* an external sidecar is probed from READY on */
         node_pause();
         code = meshx_mesh_upstream(node->mesh, ++request, "target@test", "target@test",
-                                   MESHX_UPSTREAM_DIAL);
+                                   "target@test", MESHX_UPSTREAM_DIAL);
         if (code == MESHX_OK) {
             code = node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL)->code;
         }
@@ -561,6 +574,7 @@ int main(void) {
         TEST(a_live_owner_keeps_its_name),
         TEST(a_foreign_service_keeps_its_id),
         TEST(a_healthy_instance_elsewhere_keeps_its_name),
+        TEST(a_name_in_other_case_is_kept_too),
         TEST(what_a_crash_left_behind_is_taken_over),
         TEST(without_agent_a_start_fails_at_once),
         TEST(a_slow_agent_is_waited_for),

@@ -313,8 +313,9 @@ const struct node_event *node_upstream(struct node *node, const char *other,
                                        const char *service_name,
                                        enum meshx_upstream_mode mode) {
     uint64_t request = ++node->requests;
-    assert_int_equal(meshx_mesh_upstream(node->mesh, request, other, service_name, mode),
-                     MESHX_OK);
+    assert_int_equal(
+        meshx_mesh_upstream(node->mesh, request, other, other, service_name, mode),
+        MESHX_OK);
     return node_wait(node, MESHX_EVENT_UPSTREAM, request, NULL);
 }
 

@@ -361,16 +361,15 @@ arguments(Log, Options) ->
         "-pa",
         filename:absname(Ebin),
         filename:absname(Tests),
-        "-proto_dist",
-        maps:get(carrier, Options, "meshx_node"),
         "-start_epmd",
         "false",
         "-setcookie",
         maps:get(cookie, Options, "meshx_ct_cookie"),
         "-kernel",
         "logger",
-        lists:flatten(io_lib:format("~0p", [[Handler]]))
-        | maps:get(args, Options, [])
+        lists:flatten(io_lib:format("~0p", [[Handler]])),
+        "-proto_dist"
+        | string:lexemes(maps:get(carrier, Options, "meshx_node"), " ") ++ maps:get(args, Options, [])
     ].
 
 %% Of our own environment only what says nothing about Consul, this library or Erlang's flags.

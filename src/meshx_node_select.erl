@@ -1,0 +1,80 @@
+%% Which nodes are ours, where net_kernel has other carriers too (-proto_dist inet_tcp meshx_node).
+%%
+%% net_kernel asks its carriers one after the other, the last of -proto_dist first, and takes the
+%% first that wants the node. With others beside us we want the nodes that are in the mesh: those
+%% registered in Consul, healthy or not and whatever intentions say, since none of these may end in
+%% another carrier's plain TCP, and those in `upstreams'. Alone we want all: whoever dials learns
+%% from us why a node can't be reached.
+%%
+%% Called by net_kernel's process, which does nothing else meanwhile. So a question has ?TIME,
+%% twice at most, and when that has passed without an answer, none is asked for the next ?PAUSE.
+-module(meshx_node_select).
+
+-export([takes/1, is_alone/0, warnings/0]).
+
+-include_lib("kernel/include/logger.hrl").
+
+%% ms
+-define(TIME, 2000).
+-define(PAUSE, 10000).
+
+-spec takes(node()) -> boolean().
+takes(Node) ->
+    is_alone() orelse (not is_pausing() andalso is_in_mesh(Node)).
+
+-spec is_alone() -> boolean().
+is_alone() ->
+    length(carriers()) < 2.
+
+%% As net_kernel reads it.
+carriers() ->
+    case init:get_argument(proto_dist) of
+        {ok, [Carriers]} -> Carriers;
+        _ -> []
+    end.
+
+is_in_mesh(Node) ->
+    case meshx_node_mesh:find(Node, own_name(), ?TIME) of
+        ok ->
+            true;
+        {error, {node_unknown, _}} ->
+            false;
+        {error, {_, Text}} ->
+            left_to_others(Node, Text);
+        timeout ->
+            put(?MODULE, erlang:monotonic_time(millisecond) + ?PAUSE),
+            Format = "the Consul agent has not answered within ~b s, and is not asked for ~b s now",
+            left_to_others(Node, io_lib:format(Format, [?TIME div 1000, ?PAUSE div 1000]))
+    end.
+
+left_to_others(Node, Why) ->
+    ?LOG_WARNING("meshx_node: ~ts is left to the other carriers: ~ts", [Node, Why]),
+    false.
+
+%% In net_kernel's dictionary: no other process asks.
+is_pausing() ->
+    case get(?MODULE) of
+        undefined -> false;
+        Until -> erlang:monotonic_time(millisecond) < Until
+    end.
+
+%% A node gets its name from the first it is linked with (-sname undefined).
+own_name() ->
+    case node() of
+        nonode@nohost ->
+            {ok, Host} = inet:gethostname(),
+            list_to_atom("undefined@" ++ Host);
+        Node ->
+            Node
+    end.
+
+%% OTP's own carriers want every node whose host they can resolve.
+-spec warnings() -> [unicode:chardata()].
+warnings() ->
+    case lists:reverse(carriers()) of
+        [Last, _ | _] when Last =/= "meshx_node", Last =/= "Elixir.MeshxNode" ->
+            Text = ", the last in -proto_dist, is asked first for any node, and may take it; put meshx_node last",
+            [[Last, Text]];
+        _ ->
+            []
+    end.
