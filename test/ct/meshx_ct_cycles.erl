@@ -80,8 +80,8 @@ disconnect([A, B] = Nodes) ->
     end).
 
 %% Count times each node connects to each other one, all at once: then every pair has exactly one
-%% link, all carry messages, and none goes down before it is disconnected. How many connects of
-%% how many were false (false) of a pair's two were false.
+%% link, all links carry messages, and none goes down before it is disconnected. How many pairs did
+%% so, and how many of their connects were refused, though the next one was not.
 -spec all_at_once([meshx_ct:test_node()], pos_integer()) -> #{pairs | refused := non_neg_integer()}.
 all_at_once(Nodes, Count) ->
     lists:foreach(fun never/1, Nodes),
