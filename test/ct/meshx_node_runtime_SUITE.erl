@@ -29,12 +29,15 @@ all() ->
         frozen_peer_is_given_up_after_setup_time,
         dist_auto_connect_never,
         dist_auto_connect_once,
+        hidden_connect,
         what_a_dropped_link_leaves,
+        requests_under_way_when_a_link_drops,
         busy_dist_port
     ] ++
         [async_dist || has_async_dist()] ++
         [
             halted_peer,
+            net_kernel_stop,
             init_stop_sends_what_was_sent,
             init_restart,
             overlapping_partitions,
@@ -192,11 +195,12 @@ nodes_info(Config) ->
                 ],
                 [net_kernel:node_info(NameB, Key) || Key <- [state, type, nothing]],
                 [net_kernel:node_info(Name) || Name <- [node(), nobody@nowhere]],
-                {lists:sort(nodes()), nodes(hidden), lists:sort(nodes(connected))}
+                {lists:sort(nodes()), nodes(hidden), lists:sort(nodes(connected))},
+                net_kernel:get_state()
             }
         end)
     end),
-    ?assertMatch({[{_, _, up, normal}, {_, _, up, hidden}], _, _, _}, Info).
+    ?assertMatch({[{_, _, up, normal}, {_, _, up, hidden}], _, _, _, _}, Info).
 
 options_of_a_link(Config) ->
     Options = [
@@ -429,6 +433,20 @@ dist_auto_connect_once(Config) ->
     end),
     ?assertEqual({pong, pang, {true, pong}}, Results).
 
+hidden_connect(Config) ->
+    Results = same(Config, fun([A, #{node := NameB} = B | _]) ->
+        unlinked(A, B),
+        true = meshx_ct:call(A, net_kernel, hidden_connect_node, [NameB]),
+        pong = meshx_ct:call(A, net_adm, ping, [NameB]),
+        Seen = [
+            [lists:member(Other, meshx_ct:call(Node, erlang, nodes, [Type])) || Type <- [visible, hidden]]
+         || {Node, Other} <- [{A, NameB}, {B, maps:get(node, A)}]
+        ],
+        unlinked(A, B),
+        Seen
+    end),
+    ?assertEqual([[false, true], [false, true]], Results).
+
 %%% Processes
 
 what_a_dropped_link_leaves(Config) ->
@@ -495,6 +513,60 @@ answer() ->
     receive
         {answer, Answers} -> [To ! {Ref, hello} || {To, Ref} <- Answers]
     end.
+
+%% The peer doesn't answer any more.
+requests_under_way_when_a_link_drops(Config) ->
+    Results = same(Config, fun([A, #{node := NameB} = B | _]) ->
+        linked(A, B),
+        stopped(B, fun() ->
+            meshx_ct:call(A, fun() ->
+                Callers = [
+                    spawn_monitor(fun() -> exit({got, catch Call()}) end)
+                 || Call <- [
+                        fun() -> rpc:call(NameB, erlang, node, []) end,
+                        fun() -> erpc:call(NameB, erlang, node, []) end,
+                        fun() -> gen_server:call({net_kernel, NameB}, nothing) end
+                    ]
+                ],
+                _ = [
+                    spawn_request(NameB, erlang, node, [], Options)
+                 || Options <- [[], [monitor], [{reply_tag, tagged}, {monitor, [{tag, tag}]}]]
+                ],
+                %% Callers have sent their requests when they wait.
+                [await_waiting(Caller) || {Caller, _} <- Callers],
+                true = erlang:disconnect_node(NameB),
+                Replies = [
+                    receive
+                        {spawn_reply, _, Result, Reason} -> {Result, Reason};
+                        {tagged, _, Result, Reason} -> {tagged, Result, Reason}
+                    after 10000 -> nothing
+                    end
+                 || _ <- [1, 2, 3]
+                ],
+                Rest =
+                    receive
+                        {Tag, _, process, Pid, Down} when is_pid(Pid), Tag =:= tag -> Down
+                    after 0 -> nothing
+                    end,
+                Ends = [receive {'DOWN', Monitor, process, _, Got} -> Got end || {_, Monitor} <- Callers],
+                {lists:sort(Replies), Rest, [without_place(Got) || {got, Got} <- Ends]}
+            end)
+        end)
+    end),
+    ?assertMatch(
+        {[{error, noconnection}, {error, noconnection}, {tagged, error, noconnection}], nothing, [{badrpc, nodedown} | _]},
+        Results
+    ).
+
+await_waiting(Caller) ->
+    case process_info(Caller, status) of
+        {status, waiting} -> ok;
+        _ -> erlang:yield(), await_waiting(Caller)
+    end.
+
+%% Of {'EXIT', {Reason, Stack}}.
+without_place({'EXIT', {Reason, _}}) -> Reason;
+without_place(Result) -> Result.
 
 %% The limit that +zdbbl has set is 1 KiB.
 busy_dist_port(Config) ->
@@ -571,6 +643,29 @@ halted_peer(Config) ->
     ?assertEqual(InetTcp, Ours),
     {Numbers, [_, {nodedown, _, [{nodedown_reason, connection_closed} | _]}]} = Ours,
     ?assertEqual(lists:seq(1, 1000), Numbers).
+
+net_kernel_stop(Config) ->
+    Results = same(Config, fun([#{node := NameA} = A | _]) ->
+        Carrier = carrier(A, Config),
+        D = meshx_ct:net_start(meshx_ct:vm(Config, options(Config, Carrier, [])), d),
+        [watch(Node) || Node <- [A, D]],
+        linked(D, A),
+        ok = meshx_ct:call(D, net_kernel, stop, []),
+        %% It is told of its own end, too.
+        There = [Event || Event <- told_of_down(D), element(2, Event) =:= NameA],
+        {told_of_down(A), There, meshx_ct:call(D, fun() -> {node(), nodes(), net_kernel:get_state()} end)}
+    end),
+    ?assertMatch(
+        {
+            [_, {nodedown, _, [{nodedown_reason, connection_closed} | _]}],
+            [_, {nodedown, _, [{nodedown_reason, net_kernel_terminated} | _]}],
+            {nonode@nohost, [], #{started := no}}
+        },
+        Results
+    ).
+
+carrier(Node, Config) ->
+    hd([Carrier || Carrier <- carriers(), lists:member(Node, proplists:get_value(Carrier, Config))]).
 
 %% In good order nothing is lost.
 init_stop_sends_what_was_sent(Config) ->
