@@ -154,10 +154,15 @@ net_address(Address, Host) ->
 family({Ip, _Port}) when tuple_size(Ip) =:= 8 -> inet6;
 family(_Address) -> inet.
 
-%% The node service goes with its listener: peers stop dialing before links are closed.
+%% The node service goes with its listener: peers stop dialing before links are closed. With
+%% net_kernel links end, too, and say why in the emulator's words: it does so itself only for ports.
 -spec close(meshx_node_nif:socket()) -> ok.
 close(Listener) ->
     meshx_node_mesh:drain(),
+    [
+        exit(Controller, net_kernel_terminated)
+     || {_, Controller} <- erlang:system_info(dist_ctrl), is_pid(Controller)
+    ],
     meshx_node_nif:close(Listener).
 
 %% ---- accepting ----

@@ -10,6 +10,8 @@
 -include_lib("kernel/include/logger.hrl").
 
 -define(LOOPBACK, {127, 0, 0, 1}).
+%% What fits into an int, as setsockopt(2) takes it.
+-define(INT_MAX, 16#7fffffff).
 
 %% Opens the distribution listener; owned by the caller.
 -spec listen() -> {ok, meshx_node_nif:socket()} | {error, {atom(), unicode:chardata()}}.
@@ -107,40 +109,49 @@ kernel_list(Key) ->
 
 %% ---- options of a running socket ----
 
+%% All of Options or, if one of them can't be set, none. Only pairs: net_kernel adds what it sets
+%% for new links to kernel's lists, and ends, with the whole distribution, on anything else.
 -spec set(meshx_node_nif:socket(), [term()]) -> ok | {error, term()}.
 set(Socket, Options) ->
     case [Option || {Name, _} = Option <- Options, is_ours(Name)] of
-        [] -> set_each(Socket, Options);
-        Bad -> {error, {badopts, Bad}}
+        [] ->
+            case lists:all(fun is_settable/1, Options) of
+                true -> set_each(Socket, Options);
+                false -> {error, einval}
+            end;
+        Bad ->
+            {error, {badopts, Bad}}
     end.
+
+is_settable({Name, _} = Option) -> kind(Name) =/= elsewhere andalso to_integer(Option) =/= unknown;
+is_settable(_) -> false.
 
 set_each(_Socket, []) ->
     ok;
 set_each(Socket, [Option | Rest]) ->
-    case to_integer(Option) of
-        {Name, Value} ->
-            case meshx_node_nif:setopt(Socket, Name, Value) of
-                ok -> set_each(Socket, Rest);
-                Error -> Error
-            end;
-        ignored ->
-            set_each(Socket, Rest);
-        unknown ->
-            {error, einval}
+    case set_one(Socket, to_integer(Option)) of
+        ok -> set_each(Socket, Rest);
+        %% Of this kind of socket, as inet:setopts/2 says it.
+        {error, enoprotoopt} -> {error, einval};
+        Error -> Error
     end.
+
+set_one(Socket, {Name, Value}) -> meshx_node_nif:setopt(Socket, Name, Value);
+set_one(_Socket, ignored) -> ok.
 
 -spec get(meshx_node_nif:socket(), [atom()]) -> {ok, [{atom(), term()}]} | {error, term()}.
 get(Socket, Names) ->
-    get_each(Socket, Names, []).
+    case lists:any(fun(Name) -> lists:member(kind(Name), [elsewhere, unknown]) end, Names) of
+        true -> {error, einval};
+        false -> get_each(Socket, Names, [])
+    end.
 
 get_each(_Socket, [], Found) ->
     {ok, lists:reverse(Found)};
 get_each(Socket, [Name | Rest], Found) ->
     case meshx_node_nif:getopt(Socket, Name) of
-        {ok, Value} when Name =:= nodelay; Name =:= keepalive; Name =:= reuseaddr ->
-            get_each(Socket, Rest, [{Name, Value =/= 0} | Found]);
         {ok, Value} ->
-            get_each(Socket, Rest, [{Name, Value} | Found]);
+            get_each(Socket, Rest, [{Name, from_integer(Name, Value)} | Found]);
         {error, closed} ->
             {error, closed};
         {error, _} ->
@@ -173,47 +184,53 @@ integers(Key, Options) ->
         Options
     ).
 
-to_integer({Name, Value}) when
-    is_boolean(Value),
-    (Name =:= nodelay orelse Name =:= keepalive orelse Name =:= reuseaddr orelse
-        Name =:= ipv6_v6only)
-->
-    {Name,
-        if
-            Value -> 1;
-            true -> 0
-        end};
-to_integer({Name, Value}) when
-    is_integer(Value),
-    (Name =:= sndbuf orelse Name =:= recbuf orelse Name =:= priority orelse Name =:= tos orelse
-        Name =:= tclass orelse Name =:= backlog)
-->
-    {Name, Value};
+to_integer({Name, Value}) ->
+    case kind(Name) of
+        boolean when Value -> {Name, 1};
+        boolean when not Value -> {Name, 0};
+        integer when is_integer(Value), Value >= -?INT_MAX, Value =< ?INT_MAX -> {Name, Value};
+        driver -> ignored;
+        elsewhere -> ignored;
+        _ -> unknown
+    end;
 to_integer(Option) when is_atom(Option) ->
     ignored;
-to_integer({Name, _}) ->
-    %% What only makes sense for OTP's port drivers, or is read elsewhere in this module.
-    case
-        is_ours(Name) orelse
-            lists:member(Name, [
-                buffer,
-                delay_send,
-                header,
-                high_msgq_watermark,
-                high_watermark,
-                ifaddr,
-                inet_backend,
-                ip,
-                low_msgq_watermark,
-                low_watermark,
-                mode,
-                port,
-                send_timeout,
-                send_timeout_close
-            ])
-    of
-        true -> ignored;
-        false -> unknown
-    end;
 to_integer(_) ->
     unknown.
+
+from_integer(Name, Value) ->
+    case kind(Name) of
+        boolean -> Value =/= 0;
+        integer -> Value
+    end.
+
+%% driver: makes sense for OTP's port drivers only; elsewhere: of a new socket, read elsewhere in
+%% this module.
+kind(nodelay) -> boolean;
+kind(keepalive) -> boolean;
+kind(reuseaddr) -> boolean;
+kind(ipv6_v6only) -> boolean;
+kind(sndbuf) -> integer;
+kind(recbuf) -> integer;
+kind(priority) -> integer;
+kind(tos) -> integer;
+kind(tclass) -> integer;
+kind(backlog) -> integer;
+kind(active) -> driver;
+kind(buffer) -> driver;
+kind(delay_send) -> driver;
+kind(deliver) -> driver;
+kind(header) -> driver;
+kind(high_msgq_watermark) -> driver;
+kind(high_watermark) -> driver;
+kind(low_msgq_watermark) -> driver;
+kind(low_watermark) -> driver;
+kind(mode) -> driver;
+kind(packet) -> driver;
+kind(send_timeout) -> driver;
+kind(send_timeout_close) -> driver;
+kind(ifaddr) -> elsewhere;
+kind(inet_backend) -> elsewhere;
+kind(ip) -> elsewhere;
+kind(port) -> elsewhere;
+kind(_) -> unknown.

@@ -78,6 +78,10 @@ group(Group, _, _, _) -> exit({no_such_group, Group, {groups, ["cycles", "faults
 
 cycles(Config) ->
     [A, B] = meshx_ct:start_all(Config, [cycle_a, cycle_b]),
+    %% Links are those that are asked for, none of global's.
+    Five = meshx_ct:start_all(Config, [cycle_1, cycle_2, cycle_3, cycle_4, cycle_5], #{
+        scope => suite, args => ["-connect_all", "false"]
+    }),
     Vm = meshx_ct:vm(Config, #{scope => suite}),
     io:format("~nCycles~n", []),
     Survived = [
@@ -88,11 +92,15 @@ cycles(Config) ->
             #{both := Both, again := Again} = meshx_ct_cycles:simultaneous([A, B], ?SIMULTANEOUS),
             [{false_connects, Both, Again} || Both + Again > 0]
         end),
+        cycle("all five nodes connect to each other at once", ?SIMULTANEOUS, fun() ->
+            #{refused := Refused} = meshx_ct_cycles:all_at_once(Five, ?SIMULTANEOUS),
+            [{false_connects, Refused} || Refused > 0]
+        end),
         cycle("Node.start and Node.stop", ?STARTS, fun() ->
             meshx_ct_cycles:starts(Config, [Vm, B], ?STARTS)
         end)
     ],
-    lists:foreach(fun meshx_ct:stop/1, [A, B, Vm]),
+    lists:foreach(fun meshx_ct:stop/1, [A, B, Vm | Five]),
     lists:all(fun(Ok) -> Ok end, Survived).
 
 soak(Config, Time) ->

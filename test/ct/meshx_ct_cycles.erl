@@ -3,7 +3,7 @@
 %% make chaos with large ones.
 -module(meshx_ct_cycles).
 
--export([connects/3, simultaneous/2, starts/3, soak/3]).
+-export([connects/3, simultaneous/2, all_at_once/2, starts/3, soak/3]).
 
 %% Cycles before anything is counted: code is loaded, allocators have their first carriers.
 -define(WARM_UP, 20).
@@ -78,6 +78,34 @@ disconnect([A, B] = Nodes) ->
     meshx_ct:wait("no link", fun() ->
         lists:all(fun(Node) -> meshx_ct:call(Node, erlang, nodes, []) =:= [] end, Nodes)
     end).
+
+%% Count times each node connects to each other one, all at once: then every pair has exactly one
+%% link, all links carry messages, and none goes down before it is disconnected. How many pairs did
+%% so, and how many of their connects were refused, though the next one was not.
+-spec all_at_once([meshx_ct:test_node()], pos_integer()) -> #{pairs | refused := non_neg_integer()}.
+all_at_once(Nodes, Count) ->
+    lists:foreach(fun never/1, Nodes),
+    Names = [Name || #{node := Name} <- Nodes],
+    Others = [{Node, Names -- [Name]} || #{node := Name} = Node <- Nodes],
+    Refused = [connect_all_at_once(Others) || _ <- lists:seq(1, Count)],
+    #{pairs => Count * length(Names) * (length(Names) - 1) div 2, refused => lists:sum(Refused)}.
+
+connect_all_at_once(Others) ->
+    [meshx_ct:call(Node, meshx_ct_there, watch, [[]]) || {Node, _} <- Others],
+    Refused = lists:sum(
+        at_once([fun() -> meshx_ct:call(Node, meshx_ct_there, connect, [Names]) end || {Node, Names} <- Others])
+    ),
+    [
+        meshx_ct:wait("one link to each", fun() -> meshx_ct:call(Node, meshx_ct_there, one_link_to_each, [Names]) end)
+     || {Node, Names} <- Others
+    ],
+    [
+        {Node, []} = {Node, [Down || {nodedown, _} = Down <- meshx_ct:call(Node, meshx_ct_there, seen, [])]}
+     || {Node, _} <- Others
+    ],
+    [[meshx_ct:call(Node, erlang, disconnect_node, [Name]) || Name <- Names] || {Node, Names} <- Others],
+    unlinked([Node || {Node, _} <- Others]),
+    Refused.
 
 %% Count times a VM becomes a node, to which Peer connects, and no node again.
 -spec starts(config(), [meshx_ct:test_node()], pos_integer()) -> left().

@@ -1,7 +1,7 @@
 %% What the suites run on the nodes, where a plain call isn't enough.
 -module(meshx_ct_there).
 
--export([watch/1, seen/0, count_up/2, counted/2, send_chunks/2, receive_chunks/2, chunk/1]).
+-export([watch/1, seen/0, connect/1, one_link_to_each/1, count_up/2, counted/2, send_chunks/2, receive_chunks/2, chunk/1]).
 
 %% Starts a process, found by seen/0, that collects nodeup and nodedown, and the end of Pids:
 %% it monitors and links to each.
@@ -44,6 +44,33 @@ seen() ->
     receive
         {Ref, Seen} -> Seen
     end.
+
+%% Connects to all of Names at once. Returns how many of these connects were false; the next one,
+%% alone, must be true.
+-spec connect([node()]) -> non_neg_integer().
+connect(Names) ->
+    Connects = [spawn_monitor(fun() -> exit(net_kernel:connect_node(Name)) end) || Name <- Names],
+    Results = [
+        receive
+            {'DOWN', Monitor, process, _, Result} -> Result
+        end
+     || {_, Monitor} <- Connects
+    ],
+    lists:foreach(fun(Name) -> {Name, true} = {Name, net_kernel:connect_node(Name)} end, Names),
+    lists:foreach(fun(Name) -> {Name, pong} = {Name, net_adm:ping(Name)} end, Names),
+    length([false || false <- Results]).
+
+%% Whether there is one link to each of Names, for the emulator, for net_kernel and for the carrier,
+%% and none to others.
+-spec one_link_to_each([node()]) -> boolean().
+one_link_to_each(Names) ->
+    Each = lists:sort(Names),
+    {ok, Infos} = net_kernel:nodes_info(),
+    Input = {initial_call, {meshx_node_traffic, input, 3}},
+    Each =:= lists:sort(nodes()) andalso
+        Each =:= lists:sort([Node || {Node, _} <- erlang:system_info(dist_ctrl)]) andalso
+        Each =:= lists:sort([Node || {Node, Info} <- Infos, {state, up} <- Info]) andalso
+        length(Each) =:= length([Pid || Pid <- processes(), process_info(Pid, initial_call) =:= Input]).
 
 %% Sends 1..Last to a process in counted/2.
 -spec count_up(pid(), pos_integer()) -> ok.
