@@ -117,9 +117,8 @@ mix_commands(Config0) ->
     ?assertEqual("uses_meshx_node 0.1.0", answer(Config, ?MIX "version")),
     Pid = answer(Config, ?MIX "pid"),
     is_vm(Pid),
-    ?assertEqual(
-        Node ++ " 1", answer(Config, ?MIX "rpc 'IO.puts(\"#{node()} #{length(Node.list(:hidden))}\")'")
-    ),
+    Asked = "#{node()} #{length(Node.list(:hidden))} #{:code.get_mode()}",
+    ?assertEqual(Node ++ " 1 embedded", answer(Config, [?MIX "rpc 'IO.puts(\"", Asked, "\")'"])),
     ?assertEqual("nonode@nohost", answer(Config, ?MIX "eval 'IO.puts(node())'")),
     iex_remote(Config, ?MIX, Node),
 
@@ -176,7 +175,7 @@ mix_without_distribution(Config0) ->
     is_gone(Config).
 
 mix_runtime_configuration(Config0) ->
-    Config = with([{"TAG", "runtime"}], Config0),
+    Config = with([{"TAG", "runtime"}, {"RELEASE_MODE", "interactive"}], Config0),
     Release = start(Config, ?REBOOTING "start"),
     ready(Config, "rebooting@" ++ meshx_ct:host(), <<"runtime">>),
     _ = answer(Config, ?REBOOTING "stop"),
@@ -207,6 +206,7 @@ rebar3_commands(Config0) ->
     ready(Config, Node, <<"sys_config">>),
     is_linked_with_others(Config, Node),
     rebar3_talks(Config, Node),
+    ?assertEqual("embedded", answer(Config, ?REBAR3 "rpc code get_mode")),
     Versions = "ERL_FLAGS=\"-proto_dist meshx_node -start_epmd false\" " ?REBAR3 "versions",
     ?assertEqual("Installed versions:\n* 0.1.0\tpermanent", answer(Config, Versions)),
     %% It leaves the port to the node.
