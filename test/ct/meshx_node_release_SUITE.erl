@@ -194,8 +194,7 @@ rebar3_as_in_readme(Config) ->
     {Typed, Shown} = lists:partition(fun(Line) -> string:prefix(Line, "$ ") =/= nomatch end, Lines),
     Script = [[string:prefix(unicode:characters_to_list(Line), "$ "), "\n"] || Line <- Typed],
     ?assertEqual(
-        unicode:characters_to_binary([[Line, "\n"] || Line <- Shown]),
-        run(Config, ?config(project, Config), ["set -e\n", Script])
+        string:trim(unicode:characters_to_list(lists:join("\n", Shown))), answer(Config, ["set -e\n", Script])
     ),
     is_gone(Config).
 
