@@ -77,7 +77,7 @@ listen(Name, Host) ->
 maybe_listen(Node, Host, ok) ->
     %% For inet:format_error/1, now: when descriptors have run out no module can be loaded.
     _ = code:ensure_loaded(erl_posix_msg),
-    case meshx_node_options:listen() of
+    case meshx_node_options:listen(listener_port()) of
         {ok, Listener} ->
             {ok, {Ip, Port} = Address} = meshx_node_nif:address(Listener, local),
             case start_service(Node, Ip, Port) of
@@ -93,6 +93,13 @@ maybe_listen(Node, Host, ok) ->
 maybe_listen(Node, _Host, {error, Failure}) ->
     start_failed(Node, Failure).
 
+%% Nobody dials a remote shell: it leaves a configured port to the node that stands beside it.
+listener_port() ->
+    case is_remote_shell() of
+        true -> any_port;
+        false -> configured_port
+    end.
+
 %% Nobody looks for a remote shell, not even for one with a name: it stays without a service.
 start_service(Node, Ip, Port) ->
     case is_remote_shell() of
@@ -100,14 +107,18 @@ start_service(Node, Ip, Port) ->
         false -> meshx_node_mesh:start_service(Node, Ip, Port)
     end.
 
-%% erl's own flag, or what iex and the commands of Elixir's releases (remote, rpc, pid, stop) pass
-%% on to Elixir.
+%% erl's own flag; what iex and the commands of Elixir's releases (remote, rpc, pid, stop) pass on to
+%% Elixir; or an escript with which rebar3's releases run their commands.
 is_remote_shell() ->
+    Arguments = init:get_plain_arguments(),
     init:get_argument(remsh) =/= error orelse
-        lists:any(
-            fun(Argument) -> lists:member(Argument, ["--remsh", "--rpc-eval"]) end,
-            init:get_plain_arguments()
-        ).
+        lists:any(fun(Argument) -> lists:member(Argument, ["--remsh", "--rpc-eval"]) end, Arguments) orelse
+        is_release_escript(Arguments).
+
+is_release_escript([Script | _]) ->
+    lists:member(filename:basename(Script), ["nodetool", "install_upgrade.escript"]);
+is_release_escript([]) ->
+    false.
 
 %% net_kernel knows one reason by name, and prints only an atom of any other. It starts the node with
 %% what other carriers there are.

@@ -5,7 +5,7 @@
 %% only one that has to reach us.
 -module(meshx_node_options).
 
--export([listen/0, accepted/0, connect/0, set/2, get/2]).
+-export([listen/1, accepted/0, connect/0, set/2, get/2]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -13,16 +13,21 @@
 %% What fits into an int, as setsockopt(2) takes it.
 -define(INT_MAX, 16#7fffffff).
 
-%% Opens the distribution listener; owned by the caller.
--spec listen() -> {ok, meshx_node_nif:socket()} | {error, {atom(), unicode:chardata()}}.
-listen() ->
+%% Opens the distribution listener at a port as configured, or at any; owned by the caller.
+-spec listen(configured_port | any_port) ->
+    {ok, meshx_node_nif:socket()} | {error, {atom(), unicode:chardata()}}.
+listen(Port) ->
     Given = kernel_list(inet_dist_listen_options),
     Ip =
         case application:get_env(kernel, inet_dist_use_interface) of
             {ok, Interface} -> Interface;
             undefined -> proplists:get_value(ip, Given, ?LOOPBACK)
         end,
-    {First, Last} = port_range(),
+    Ports =
+        case Port of
+            configured_port -> port_range();
+            any_port -> {0, 0}
+        end,
     case inet:ntoa(Ip) of
         {error, einval} ->
             {error,
@@ -33,26 +38,35 @@ listen() ->
                         [Ip]
                     )}};
         _ ->
-            listen(Ip, First, Last, integers(inet_dist_listen_options, Given))
+            {First, _} = Ports,
+            listen(Ip, First, Ports, integers(inet_dist_listen_options, Given))
     end.
 
-listen(Ip, Port, Last, Options) ->
+listen(Ip, Port, {_, Last} = Ports, Options) ->
     case meshx_node_nif:listen(Ip, Port, Options) of
         {ok, Listener} ->
             {ok, Listener};
         {error, eaddrinuse} when Port < Last ->
-            listen(Ip, Port + 1, Last, Options);
+            listen(Ip, Port + 1, Ports, Options);
         {error, Reason} ->
             {error,
                 {Reason,
                     io_lib:format(
                         "can't listen on ~ts, port ~ts: ~ts; see kernel's inet_dist_use_interface, "
-                        "inet_dist_listen_min and inet_dist_listen_max",
-                        [inet:ntoa(Ip), range_text(Last), inet:format_error(Reason)]
+                        "inet_dist_listen_min and inet_dist_listen_max, and the flag -erl_epmd_port",
+                        [inet:ntoa(Ip), range_text(Ports), inet:format_error(Reason)]
                     )}}
     end.
 
+%% As OTP's carriers: -erl_epmd_port, which the scripts of rebar3's releases make of ERL_DIST_PORT,
+%% comes first.
 port_range() ->
+    case erl_epmd:listen_port_please(undefined, undefined) of
+        {ok, 0} -> kernel_port_range();
+        {ok, Port} -> {Port, Port}
+    end.
+
+kernel_port_range() ->
     case application:get_env(kernel, inet_dist_listen_min) of
         {ok, First} when is_integer(First) ->
             case application:get_env(kernel, inet_dist_listen_max) of
@@ -63,10 +77,9 @@ port_range() ->
             {0, 0}
     end.
 
-range_text(0) ->
+range_text({0, 0}) ->
     "any";
-range_text(Last) ->
-    {First, _} = port_range(),
+range_text({First, Last}) ->
     io_lib:format("~b to ~b", [First, Last]).
 
 %% For a link that was accepted.

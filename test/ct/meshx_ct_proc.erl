@@ -2,7 +2,7 @@
 %% still alive? A process is its id and its start time, so that a reused id is another process.
 -module(meshx_ct_proc).
 
--export([find/1, children/1, descendants/1, is_alive/1, signal/2, program/1, pid/1]).
+-export([find/1, children/1, descendants/1, of_programs_below/1, is_alive/1, signal/2, program/1, pid/1]).
 -export_type([process/0]).
 
 -type process() :: {OsPid :: pos_integer(), StartTime :: binary(), Program :: binary()}.
@@ -27,6 +27,16 @@ descendants([], _All, Found) ->
 descendants(Parents, All, Found) ->
     Next = [Process || {Parent, Process} <- All, lists:member(Parent, Parents)],
     descendants([OsPid || {OsPid, _, _} <- Next], All, Next ++ Found).
+
+%% Those whose executable is in a folder, or in one of its folders.
+-spec of_programs_below(file:filename()) -> [process()].
+of_programs_below(Directory) ->
+    [
+        Process
+     || {_, {OsPid, _, _} = Process} <- all(),
+        {ok, Program} <- [file:read_link_all(lists:concat(["/proc/", OsPid, "/exe"]))],
+        is_list(Program) andalso lists:prefix(Directory ++ "/", Program)
+    ].
 
 -spec is_alive(process()) -> boolean().
 is_alive({OsPid, _, _} = Process) ->

@@ -16,6 +16,7 @@ all() ->
         use_interface_ipv6,
         bad_interface,
         listen_ports,
+        erl_epmd_port,
         listen_options,
         connect_options,
         nodelay_off,
@@ -164,6 +165,17 @@ listen_ports(Config) ->
     Node = start(Config, ranged, Range),
     ?assertEqual(First + 1, listener(Node)),
     ?assertEqual({ok, First + 1}, meshx_ct:call(Node, meshx_node, info, [listen_port])),
+    works(Config, Node),
+    gen_tcp:close(Taken).
+
+%% As OTP's carriers: it counts more than the kernel's range.
+erl_epmd_port(Config) ->
+    {Taken, First} = neighbours(),
+    Node = start(Config, fixed, [
+        "-erl_epmd_port", integer_to_list(First + 1),
+        "-kernel", "inet_dist_listen_min", integer_to_list(First)
+    ]),
+    ?assertEqual(First + 1, listener(Node)),
     works(Config, Node),
     gen_tcp:close(Taken).
 

@@ -8,7 +8,7 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([init_per_testcase/2, end_per_testcase/2]).
--export([plain_erl/1, iex/1, mix_git/1, mix_release/1, rebar3_git/1, rebar3_checkout/1]).
+-export([plain_erl/1, iex/1, mix_git/1, rebar3_git/1, rebar3_checkout/1]).
 
 %% What is typed into both nodes' shells and what must come back.
 -record(shell, {
@@ -48,7 +48,7 @@ suite() ->
     [{timetrap, {minutes, 10}}].
 
 all() ->
-    [plain_erl, iex, mix_git, mix_release, rebar3_git, rebar3_checkout].
+    [plain_erl, iex, mix_git, rebar3_git, rebar3_checkout].
 
 %% The working tree, uncommitted changes too, becomes a git repository that projects can name.
 init_per_suite(Config) ->
@@ -108,32 +108,6 @@ mix_git(Config) ->
         )
     end).
 
-%% The release's commands start nodes of their own, which register nothing.
-mix_release(Config) ->
-    Copy = copy_of_source(Config),
-    Project = template(mix_project, ["{:meshx_node, path: \"", Copy, "\"}"], Config),
-    run(Config, Project, [
-        "mix do deps.get, release.init && printf -- '-proto_dist meshx_node\\n-start_epmd false\\n'"
-        " | tee rel/vm.args.eex >rel/remote.vm.args.eex && mix release"
-    ]),
-    Command = "_build/dev/rel/uses_meshx_node/bin/uses_meshx_node ",
-    Node = "uses_meshx_node@" ++ meshx_ct:host(),
-    Release = meshx_ct_terminal:open(Command ++ "start_iex", Project, environment(Config)),
-    meshx_ct_terminal:expect(Release, ["^iex\\(", Node, "\\)1> "]),
-    Registered = [list_to_binary(Node), list_to_binary(Node ++ "-sidecar-proxy")],
-    run(Config, Project, [
-        Command, "rpc '[_] = Node.list(:hidden)' && test $(", Command, "pid) -gt 1"
-    ]),
-    Remote = meshx_ct_terminal:open(
-        Command ++ "remote", Project, [{"TERM", "xterm"} | environment(Config)]
-    ),
-    meshx_ct_terminal:expect(Remote, ["^iex\\(", Node, "\\)1> "]),
-    ask(Remote, {"length(Node.list(:hidden))", "^1$"}),
-    ?assertEqual(Registered, maps:keys(meshx_ct_agent:services(?config(agent, Config)))),
-    run(Config, Project, [Command, "stop"]),
-    meshx_ct_terminal:ended(Release),
-    ?assertEqual(#{}, meshx_ct_agent:services(?config(agent, Config))).
-
 rebar3_git(Config) ->
     Dependency = ["{meshx_node, {git, \"file://", ?config(source, Config), "\", {branch, \"main\"}}}"],
     Project = template(rebar3_project, Dependency, Config),
@@ -186,7 +160,9 @@ two_nodes(Config, Shell, Command) ->
 %% The sidecar's first line is logged under the name of the node.
 start_node(N, Config, #shell{prompt = Prompt, start = Start}, Command) ->
     Terminal = meshx_ct_terminal:open(
-        unicode:characters_to_list(Command), ?config(project, Config), environment(Config)
+        unicode:characters_to_list(Command),
+        ?config(project, Config),
+        meshx_ct_project:environment(Config)
     ),
     meshx_ct_terminal:expect(Terminal, Prompt),
     case Start of
@@ -208,19 +184,10 @@ quit(Terminal, #shell{quit = Line}) ->
 
 %%% Projects
 
-%% The project of a case: a template with its one gap filled.
+%% The project of a case.
 template(Name, Dependency, Config) ->
     Project = ?config(project, Config),
-    Template = filename:join([meshx_ct:root(), "test/used_by", Name]),
-    lists:foreach(
-        fun(File) ->
-            {ok, Text} = file:read_file(filename:join(Template, File)),
-            Path = filename:join(Project, File),
-            ok = filelib:ensure_dir(Path),
-            ok = file:write_file(Path, string:replace(Text, "{{dependency}}", Dependency))
-        end,
-        [File || File <- filelib:wildcard("**", Template), filelib:is_regular(filename:join(Template, File))]
-    ),
+    ok = meshx_ct_project:template(Name, Project, Dependency),
     Project.
 
 copy_of_source(Config) ->
@@ -232,52 +199,5 @@ native_files(Project, Library) ->
     Files = [filename:join([Project, Library, "priv", File]) || File <- ["meshx_node.so", "meshx_guard"]],
     ?assertEqual([], [File || File <- Files, not filelib:is_regular(File)]).
 
-%% A line for sh that must succeed.
 run(Config, Directory, Command) ->
-    Port = open_port({spawn_executable, "/bin/sh"}, [
-        {args, ["-c", unicode:characters_to_list([Command, " </dev/null"])]},
-        {cd, Directory},
-        {env, environment(Config)},
-        binary,
-        exit_status,
-        stderr_to_stdout
-    ]),
-    ct:log("~ts", [Command]),
-    case output(Port, []) of
-        {0, Text} -> ct:log("~ts", [Text]);
-        {Status, Text} -> ct:fail("~ts~n~n~ts~n~nexit status ~b", [Command, Text, Status])
-    end.
-
-output(Port, Text) ->
-    receive
-        {Port, {data, Data}} -> output(Port, [Text, Data]);
-        {Port, {exit_status, Status}} -> {Status, Text}
-    end.
-
-%% A user's: a home of its own (for the cookie), Consul on PATH, nothing of the make and rebar3
-%% that run this suite.
-environment(Config) ->
-    Address =
-        case ?config(agent, Config) of
-            undefined -> [];
-            Agent -> [{"CONSUL_HTTP_ADDR", meshx_ct_agent:url(Agent)}]
-        end,
-    Rebar3 = [{"MIX_REBAR3", Path} || Path <- [os:find_executable("rebar3")], is_list(Path)],
-    Consul = filename:dirname(meshx_ct_agent:binary()),
-    Foreign = [
-        {Name, false}
-     || {Name, _} <- os:env(),
-        lists:any(
-            fun(Prefix) -> lists:prefix(Prefix, Name) end,
-            ["MAKE", "MFLAGS", "REBAR", "MIX_", "ERL_", "CONSUL_", "MESHX_"]
-        )
-    ],
-    Foreign ++
-        Address ++
-        Rebar3 ++
-        [
-            {"HOME", filename:join(filename:absname(?config(priv_dir, Config)), "home")},
-            {"PATH", Consul ++ ":" ++ os:getenv("PATH")},
-            {"LC_ALL", "C.UTF-8"},
-            {"GIT_CONFIG_NOSYSTEM", "1"}
-        ].
+    meshx_ct_project:run(Config, Directory, Command).
