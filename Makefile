@@ -114,12 +114,9 @@ fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (5); all of its
 	@.ci/fuzz $< $(or $(SECONDS),5)
 fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fails
 	@for target in $(FUZZ); do $(MAKE) fuzz-$$target SECONDS=$(or $(SECONDS),30) || exit 1; done
-# rebar3 wants commas.
-EMPTY :=
-SUITES = $(subst $(EMPTY) ,$(EMPTY),$(SUITE:%=,test/ct/%_SUITE))
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl, "name name" for some
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
-		$(REBAR) ct $(SUITES:,%=--suite %)
+		$(REBAR) ct $(if $(SUITE),--suite $$(printf 'test/ct/%s_SUITE\n' $(SUITE) | paste -sd,))
 # SUITE is a release of Debian there, CT what SUITE is here.
 test-otp: deps consul ## build and run them in SUITE=trixie or sid of Debian, with nodes of both; CT=name or "name name" for some
 	@.ci/test-otp $(or $(SUITE),trixie) $(CT)
