@@ -114,16 +114,21 @@ fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (5); all of its
 	@.ci/fuzz $< $(or $(SECONDS),5)
 fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fails
 	@for target in $(FUZZ); do $(MAKE) fuzz-$$target SECONDS=$(or $(SECONDS),30) || exit 1; done
-ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl
+ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl, "name name" for some
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
-		$(REBAR) ct $(SUITE:%=--suite test/ct/%_SUITE)
+		$(REBAR) ct $(if $(SUITE),--suite $$(printf 'test/ct/%s_SUITE\n' $(SUITE) | paste -sd,))
+# SUITE is a release of Debian there, CT what SUITE is here.
+test-otp: deps consul ## build and run them in SUITE=trixie or sid of Debian, with nodes of both; CT=name or "name name" for some
+	@.ci/test-otp $(or $(SUITE),trixie) $(CT)
+test-otp-sid: deps consul
+	@.ci/test-otp sid meshx_node_cluster meshx_node_link meshx_node_framing meshx_node_start_stop
 # Not with SUITE's default of all: a sanitizer has nothing to say of most of them.
 ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one
 	@MESHX_CONSUL=$$(.ci/consul --path) .ci/ct-asan $(BUILD)/asan \
 		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_stress meshx_node_link meshx_node_load)
 
 LINT := lint-gcc lint-clang lint-format lint-tidy lint-cppcheck lint-xref lint-dialyzer lint-layers lint-sizes
-STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) --beside ct
+STEPS := $(LINT) $(C_TESTS:%=test-c-%) $(TSAN_TESTS:%=test-c-tsan-%) $(FUZZ:%=fuzz-%) --beside ct test-otp-sid
 test: deps consul ## everything: lint, C tests under the sanitizers, fuzzing, Common Test; ends with the sum
 	@.ci/test $(STEPS)
 steps:
@@ -177,11 +182,11 @@ chaos: deps consul ## faults for MINUTES=10 and many cycles; GROUPS="cycles faul
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/chaos/run $(GROUPS)
 
-clean: clean-native ## remove what was built; keeps _build/consul and dialyzer's _build/plt
-	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name plt -exec rm -rf {} +
+clean: clean-native ## remove what was built; keeps _build/consul, _build/debian and dialyzer's _build/plt
+	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name debian ! -name plt -exec rm -rf {} +
 clean-native:
 	@rm -rf $(BUILD) priv/meshx_node.so priv/meshx_guard
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct deps consul demo bench bench-chart chaos clean clean-native help
+.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct test-otp test-otp-sid deps consul demo bench bench-chart chaos clean clean-native help

@@ -270,8 +270,16 @@ do_setup(Kernel, Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
                 request_type = request_type(Type)
             });
         {error, {Reason, Text}} ->
-            ?LOG_WARNING("meshx_node: no link to ~ts: ~ts", [Node, Text]),
+            report_no_link(io_lib:format("meshx_node: no link to ~ts: ~ts", [Node, Text])),
             ?shutdown2(Node, Reason)
+    end.
+
+%% Since OTP 26 the shell of -remsh, without a link, halts its VM. It is what would print a log line,
+%% but waits for the link.
+report_no_link(Text) ->
+    case init:get_argument(remsh) =/= error andalso erlang:system_info(otp_release) >= "26" of
+        true -> io:format(standard_error, "~ts~n", [Text]);
+        false -> ?LOG_WARNING("~ts", [Text])
     end.
 
 %% Others can't dial a remote shell, as its links would otherwise make them do. Nodes without a

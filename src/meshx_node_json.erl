@@ -78,7 +78,8 @@ key(Key) ->
         false -> not_json("a key that is neither atom, binary nor string")
     end.
 
-is_proper(List) -> is_integer(catch length(List)).
+is_proper(List) when length(List) >= 0 -> true;
+is_proper(_) -> false.
 
 is_pair({Key, _}) -> is_atom(Key) orelse is_binary(Key) orelse is_text(Key);
 is_pair(_) -> false.

@@ -336,7 +336,8 @@ open({ok, Loaded}, Listener, From, S) ->
                 ],
                 Config
             ),
-            renew_later(Opened = S#state{mesh = Mesh, tag = Tag, config = Kept, starter = From}),
+            Opened = S#state{mesh = Mesh, tag = Tag, config = Kept, starter = From},
+            renew_later(Opened),
             Warned = lists:foldl(
                 fun warn/2, Opened, meshx_node_select:warnings() ++ meshx_node_config:open_files(Loaded)
             ),

@@ -43,6 +43,8 @@ static enum trouble trouble_of(const struct http_transfer *transfer) {
     case CURLE_SSL_INVALIDCERTSTATUS:
     case CURLE_SSL_SHUTDOWN_FAILED:
         return TLS;
+    case CURLE_BAD_FUNCTION_ARGUMENT: /* curl 8.23: a key that can't be used */
+        return is_secure(transfer) ? TLS : UNREACHABLE;
     case CURLE_WEIRD_SERVER_REPLY:
     case CURLE_UNSUPPORTED_PROTOCOL: /* an answer without HTTP's first line */
     case CURLE_BAD_CONTENT_ENCODING:
@@ -66,6 +68,7 @@ static enum trouble trouble_of(const struct http_transfer *transfer) {
 static const char *tls_remedy(const struct http_transfer *transfer) {
     switch (transfer->result) {
     case CURLE_SSL_CERTPROBLEM:
+    case CURLE_BAD_FUNCTION_ARGUMENT:
         return "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must be a certificate and its "
                "key, "
                "both PEM and without password";

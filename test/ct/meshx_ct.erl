@@ -27,7 +27,9 @@
     agent := meshx_ct_agent:agent()
 }.
 %% scope: of what is it a part, so that its end is the node's end at the latest.
+%% erl: another one than ours.
 -type options() :: #{
+    erl => file:filename(),
     args => [string()],
     env => [{string(), string() | false}],
     agent => meshx_ct_agent:agent(),
@@ -265,7 +267,7 @@ start_vm(Config, Naming, Options) ->
     PeerOptions = Naming#{
         longnames => maps:get(longnames, Options, false),
         connection => standard_io,
-        exec => executable(Agent),
+        exec => executable(Agent, maps:get(erl, Options, erl_program())),
         args => arguments(Log, Options),
         env => environment(Agent, Options),
         wait_boot => 60000
@@ -292,14 +294,14 @@ start_vm(Config, Naming, Options) ->
 
 %% Standard error goes to a file: logger fails there when peer itself has a report to make at the
 %% end of a VM. A node runs where its agent does.
-executable(Agent) ->
+executable(Agent, Erl) ->
     Errors = filename:join(item(directory), "stderr"),
     There =
         case meshx_ct_agent:host(Agent) of
             none -> "";
             Host -> meshx_ct_host:command(Host)
         end,
-    {"/bin/sh", ["-c", "exec " ++ There ++ " \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", erl_program()]}.
+    {"/bin/sh", ["-c", "exec " ++ There ++ " \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", Erl]}.
 
 %% Another one of make ct-asan.
 erl_program() ->

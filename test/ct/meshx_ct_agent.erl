@@ -170,7 +170,12 @@ has_leader(#{process := Process} = Agent, Deadline) ->
 %% Returns when the process is gone.
 -spec stop(agent()) -> ok.
 stop(#{port := Port, process := Process}) ->
-    catch port_close(Port),
+    try
+        port_close(Port)
+    catch
+        %% It has ended by itself.
+        error:badarg -> true
+    end,
     Process =:= none orelse gone(Process, 250).
 
 %% What an agent that keeps its data has kept, after stop/1.

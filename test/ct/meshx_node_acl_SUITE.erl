@@ -179,6 +179,7 @@ token_in_no_crash_dump(Config) ->
     File = filename:join(Directory, "dumped"),
     Secret = token(Config, dumped),
     ok = file:write_file(File, Secret),
+    ok = file:change_mode(File, 8#600),
     [
         begin
             Node = meshx_ct:start(Config, dumped, #{

@@ -39,15 +39,24 @@ start_pair(Config) ->
 process_limit_when_dialling(Config) ->
     {Few, #{node := Name} = Other} = start_pair(Config),
     Mark = meshx_ct:mark(Few),
-    false = meshx_ct:call(Few, fun() ->
+    Result = meshx_ct:call(Few, fun() ->
         Filled = fill(),
-        Result = net_kernel:connect_node(Name),
-        empty(Filled),
-        Result
+        try
+            net_kernel:connect_node(Name)
+        catch
+            exit:{{system_limit, [_, _, {net_kernel, setup_check, _, _} | _]}, _} -> net_kernel_ended
+        after
+            empty(Filled)
+        end
     end),
-    [Line] = meshx_ct:own_lines(Few, Mark),
-    {match, _} = re:run(Line, ["no link to ", atom_to_list(Name), ": .*", ?NO_ROOM]),
-    ?assert(meshx_ct:connect(Few, Other)).
+    case Result of
+        false ->
+            [Line] = meshx_ct:own_lines(Few, Mark),
+            {match, _} = re:run(Line, ["no link to ", atom_to_list(Name), ": .*", ?NO_ROOM]),
+            ?assert(meshx_ct:connect(Few, Other));
+        net_kernel_ended ->
+            {skip, "net_kernel itself needs a process to dial, as OTP 29's does, and ends without"}
+    end.
 
 process_limit_when_dialled(Config) ->
     {#{node := Name} = Few, Other} = start_pair(Config),

@@ -112,10 +112,10 @@ rpc_and_erpc(Config) ->
         Other = rpc:call(Other, erlang, node, []),
         {badrpc, {'EXIT', {oops, _}}} = rpc:call(Other, erlang, error, [oops]),
         Other = erpc:call(Other, fun() -> node() end),
-        {'EXIT', {{exception, oops, _}, _}} = (catch erpc:call(Other, fun() -> error(oops) end)),
+        ?assertError({exception, oops, _}, erpc:call(Other, fun() -> error(oops) end)),
         [{ok, Other}, {ok, Here}] = erpc:multicall([Other, node()], fun() -> node() end),
         Here = node(),
-        {'EXIT', {{erpc, timeout}, _}} = (catch erpc:call(Other, timer, sleep, [60000], 50))
+        ?assertError({erpc, timeout}, erpc:call(Other, timer, sleep, [60000], 50))
     end).
 
 spawned_there(Config) ->

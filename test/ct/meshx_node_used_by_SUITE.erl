@@ -100,7 +100,7 @@ mix_git(Config) ->
     Project = template(mix_project, Dependency, Config),
     run(Config, Project, "mix deps.get && mix compile"),
     native_files(Project, "_build/dev/lib/meshx_node"),
-    two_nodes(Config, (?IEX)#shell{start = undefined}, fun(N) ->
+    two_nodes(Config, with_start(?IEX, undefined), fun(N) ->
         io_lib:format(
             "iex --erl \"-pa _build/dev/lib/meshx_node/ebin -proto_dist meshx_node\" "
             "--name node~b@myhost -S mix",
@@ -125,10 +125,12 @@ rebar3_checkout(Config) ->
     Project = template(rebar3_project, "meshx_node", Config),
     run(Config, Project, ["mkdir _checkouts && mv '", Copy, "' _checkouts/meshx_node && rebar3 compile"]),
     native_files(Project, "_build/default/checkouts/meshx_node"),
-    Shell = (?ERL)#shell{start = "net_kernel:start(node~b@myhost, #{name_domain => longnames})."},
+    Shell = with_start(?ERL, "net_kernel:start(node~b@myhost, #{name_domain => longnames})."),
     two_nodes(Config, Shell, fun(_) -> "erl -pa $(rebar3 path) -proto_dist meshx_node" end).
 
 %%% What all of them do
+
+with_start(Shell, Start) -> Shell#shell{start = Start}.
 
 two_nodes(Config, Shell, Command) ->
     [One, Two] = [start_node(N, Config, Shell, Command(N)) || N <- [1, 2]],
