@@ -517,15 +517,14 @@ static bool is_direct(const struct mesh_request *request) {
 
 static void look_up(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    bool accepts = request->kind == MESH_REQUEST_ACCEPT;
-    if (accepts && is_direct(request)) {
+    bool needs_way =
+        request->kind == MESH_REQUEST_DIAL || request->kind == MESH_REQUEST_ASK;
+    if (request->kind == MESH_REQUEST_ACCEPT && is_direct(request)) {
         mesh_upstream_answer(request, NULL,
                              &(struct mesh_way){.address = "127.0.0.1", .direct = true});
-    } else if (request->kind == MESH_REQUEST_FIND) {
-        mesh_lookup(request);
-    } else if (!accepts && mesh->config.values.control_node) {
+    } else if (needs_way && mesh->config.values.control_node) {
         mesh_control_node_find(request);
-    } else if (!accepts && !mesh->sidecar_accepts) {
+    } else if (needs_way && !mesh->sidecar_accepts) {
         answer_sidecar_down(request);
     } else {
         mesh_lookup(request);
