@@ -93,7 +93,7 @@ all_at_once(Nodes, Count) ->
 connect_all_at_once(Others) ->
     [meshx_ct:call(Node, meshx_ct_there, watch, [[]]) || {Node, _} <- Others],
     Refused = lists:sum(
-        at_once([fun() -> meshx_ct:call(Node, meshx_ct_there, connect, [Names]) end || {Node, Names} <- Others])
+        meshx_ct:at_once([fun() -> meshx_ct:call(Node, meshx_ct_there, connect, [Names]) end || {Node, Names} <- Others])
     ),
     [
         meshx_ct:wait("one link to each", fun() -> meshx_ct:call(Node, meshx_ct_there, one_link_to_each, [Names]) end)
