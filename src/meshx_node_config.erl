@@ -539,7 +539,7 @@ command(Settings, Values, Environment) ->
                 {ok, File} ->
                     [File | tl(Filled)];
                 {error, Reason} ->
-                    Remedy = "; set sidecar_command, to none if something else runs the sidecar",
+                    Remedy = "; install it, or set sidecar_command, to none if something else runs the sidecar",
                     fail(Origin, sidecar_command, [Reason, Remedy])
             end
     end.

@@ -23,9 +23,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Milliseconds. A burst is over when no lookup is answered for so long, or at the latest
- * after so long. */
-#define GATHER_PAUSE 50
+/* Milliseconds. A burst is over when no lookup is answered for so long, which is much on
+ * a loaded machine, or at the latest after so long. */
+#define GATHER_PAUSE 200
 #define GATHER_MAX 1000
 /* How long a sidecar may take to open an upstream. It is looked for with pauses that grow
  * between these, since it takes some milliseconds or very long. */

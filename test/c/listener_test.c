@@ -180,7 +180,7 @@ static bool hide_processes(pid_t process) {
     char path[32];
     snprintf(path, sizeof path, "/proc/%ld", (long)process);
     return unshare(CLONE_NEWNS) == 0 &&
-           mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
+           mount("none", "/", "none", MS_REC | MS_PRIVATE, NULL) == 0 &&
            mount("proc", "/proc", "proc", 0, "hidepid=2,gid=4711") == 0 &&
            drop_ptrace() && access(path, F_OK) != 0;
 }

@@ -311,7 +311,7 @@ errors_name_the_source(_) ->
     os:putenv("PATH", "/nowhere"),
     os:putenv("MESHX_TTL", ""),
     set([]),
-    contains(failure(), ["default of sidecar_command: program consul is not found in PATH /nowhere"]).
+    contains(failure(), ["default of sidecar_command: program consul is not found in PATH /nowhere; install it, or set"]).
 
 secrets_in_no_error(_) ->
     Secret = "tops3cret",

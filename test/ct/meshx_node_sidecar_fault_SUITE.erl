@@ -249,9 +249,10 @@ hundred_upstreams_at_once(Config) ->
     ],
     meshx_ct:wait("the last to be in the catalog", fun() -> meshx_ct_agent:healthy(Agent, lists:last(Ids)) =/= [] end),
     Before = info(A, registrations),
-    Ports = meshx_ct:call(A, ?MODULE, upstreams_at_once, [Ids]),
+    {Time, Ports} = timer:tc(fun() -> meshx_ct:call(A, ?MODULE, upstreams_at_once, [Ids]) end),
     ?assertEqual(100, length(lists:usort(Ports))),
-    ?assert(lists:member(info(A, registrations) - Before, [1, 2])),
+    %% One or two; one more for each 200 ms in which a loaded agent may have answered nothing.
+    ?assert(info(A, registrations) - Before =< 2 + Time div 200000),
     ?assertEqual([], Ids -- meshx_ct_agent:upstreams(Agent, maps:get(node, A))),
     [
         {200, _} = meshx_ct_agent:request(Agent, "PUT", "/v1/agent/service/deregister/" ++ uri_string:quote(binary_to_list(Id)), <<>>)
