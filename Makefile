@@ -117,10 +117,9 @@ fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fai
 ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl, "name name" for some
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
 		$(REBAR) ct $(if $(SUITE),--suite $$(printf 'test/ct/%s_SUITE\n' $(SUITE) | paste -sd,))
-# SUITE is a release of Debian there, CT what SUITE is here.
-test-otp: deps consul ## build and run them in SUITE=trixie or sid of Debian, with nodes of both; CT=name or "name name" for some
+test-otp: deps consul ## build and ct in another release of Debian, SUITE=trixie or sid, and nodes of both; CT=name for one suite, "name name" for some
 	@.ci/test-otp $(or $(SUITE),trixie) $(CT)
-test-otp-sid: deps consul
+test-otp-sid: deps consul ## what make test does of it
 	@.ci/test-otp sid meshx_node_cluster meshx_node_link meshx_node_framing meshx_node_start_stop
 # Not with SUITE's default of all: a sanitizer has nothing to say of most of them.
 ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one

@@ -265,6 +265,8 @@ arrives_in_masses(Config) ->
     [gen_tcp:send(Socket, rand:bytes(rand:uniform(100))) || Socket <- Sockets],
     Late = meshx_ct:start(Config, late, #{}),
     ?assert(meshx_ct:connect(Late, A)),
+    %% Then A knows the link, too.
+    ?assertEqual(pong, meshx_ct:call(Late, net_adm, ping, [maps:get(node, A)])),
     ?assert(meshx_ct:call(A, erlang, disconnect_node, [maps:get(node, Late)])),
     [gen_tcp:close(Socket) || Socket <- Sockets],
     meshx_ct:wait("processes and descriptors to be as before", fun() ->
