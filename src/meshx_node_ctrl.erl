@@ -227,6 +227,7 @@ init_accepted(Kernel, Link) ->
         ->
             meshx_node_acceptor:admit_name(Acceptor, Name, Flags) orelse exit(normal),
             How = check_intentions(Link, Name, Flags),
+            awaits_answer(Link) orelse exit(normal),
             process_flag(priority, max),
             accepted(Kernel, Link, Acceptor, First, How);
         {error, Reason} when Reason =/= bad_frame ->
@@ -234,6 +235,11 @@ init_accepted(Kernel, Link) ->
         _ ->
             exit({no_handshake, peer_of(Link)})
     end.
+
+%% Of two connections made at once one is given up, and its first packet may come late, through two
+%% sidecars: net_kernel would take it for a new one, and for its sake give up what we dial by then.
+awaits_answer(Link) ->
+    meshx_node_nif:read(Link) =:= {wait, []}.
 
 accepted(Kernel, Link, Acceptor, First, How) ->
     {ok, {Ip, _}} = meshx_node_nif:address(Link, local),
