@@ -277,17 +277,19 @@ processes_run_out(Config) ->
     NetKernel = meshx_ct:call(Crowded, erlang, whereis, [net_kernel]),
     _ = meshx_ct:call(Crowded, erlang, spawn, [?MODULE, fill_processes, [500, 2000]]),
     timer:sleep(1000),
-    [
+    %% Not closed before it has looked whose they are.
+    Sockets = [
         begin
             {ok, Socket} = gen_tcp:connect({127, 0, 0, 1}, Port, [binary, {active, false}]),
             ok = gen_tcp:send(Socket, <<0, 20, $N, 16#d07df7fbd:64, 77:32, 5:16, "n@hst">>),
-            gen_tcp:close(Socket)
+            Socket
         end
      || _ <- lists:seq(1, 20)
     ],
     %% Asking it anything takes a process.
     timer:sleep(2500),
     meshx_ct:wait("the line", fun() -> meshx_ct:has_line(Crowded, Mark, "too many processes.*\\+P") end),
+    [gen_tcp:close(Socket) || Socket <- Sockets],
     ?assertEqual(NetKernel, meshx_ct:call(Crowded, erlang, whereis, [net_kernel])),
     ?assertEqual([], [Event || {nodedown, _} = Event <- meshx_ct:call(Crowded, meshx_ct_there, seen, [])]),
     ?assertEqual(NameB, meshx_ct:call(Crowded, erpc, call, [NameB, erlang, node, []])),
