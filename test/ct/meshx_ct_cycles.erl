@@ -92,9 +92,10 @@ all_at_once(Nodes, Count) ->
 
 connect_all_at_once(Others) ->
     [meshx_ct:call(Node, meshx_ct_there, watch, [[]]) || {Node, _} <- Others],
-    Refused = lists:sum(
-        meshx_ct:at_once([fun() -> meshx_ct:call(Node, meshx_ct_there, connect, [Names]) end || {Node, Names} <- Others])
-    ),
+    Refused = meshx_ct:at_once([
+        fun() -> meshx_ct:call(Node, meshx_ct_there, connect, [Names]) end
+     || {Node, Names} <- Others
+    ]),
     [
         meshx_ct:wait("one link to each", fun() -> meshx_ct:call(Node, meshx_ct_there, one_link_to_each, [Names]) end)
      || {Node, Names} <- Others
@@ -105,7 +106,7 @@ connect_all_at_once(Others) ->
     ],
     [[meshx_ct:call(Node, erlang, disconnect_node, [Name]) || Name <- Names] || {Node, Names} <- Others],
     unlinked([Node || {Node, _} <- Others]),
-    Refused.
+    lists:sum(Refused).
 
 %% Count times a VM becomes a node, to which Peer connects, and no node again.
 -spec starts(config(), [meshx_ct:test_node()], pos_integer()) -> left().

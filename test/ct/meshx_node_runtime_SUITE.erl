@@ -7,10 +7,6 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
-%% Rounds in which five nodes connect to each other, ten pairs at a time.
--define(ROUNDS, 40).
--define(ROUNDS_DIRECT, 60).
-
 %% Seconds.
 -define(TICK_TIME, 4).
 %% Of node c only.
@@ -39,10 +35,6 @@ all() ->
             halted_peer,
             net_kernel_stop,
             init_stop_sends_what_was_sent,
-            init_restart,
-            overlapping_partitions,
-            all_connect_at_once,
-            all_connect_at_once_without_sidecars,
             %% There is no way back to allow everyone.
             allow,
             nothing_is_left
@@ -61,7 +53,10 @@ init_per_suite(Config) ->
     Config1 = [{epmd, start_epmd(Port)}, {epmd_port, Port} | meshx_ct:init_suite(Config)],
     [
         {Carrier,
-            start_all(Config1, Carrier, [a, b], []) ++ start_all(Config1, Carrier, [c], ["-hidden", "-kernel", "net_setuptime", integer_to_list(?SETUP_TIME)])}
+            start_all(Config1, Carrier, [a, b], []) ++
+                start_all(Config1, Carrier, [c], [
+                    "-hidden", "-kernel", "net_setuptime", integer_to_list(?SETUP_TIME)
+                ])}
      || Carrier <- carriers()
     ] ++ Config1.
 
@@ -112,19 +107,9 @@ options(Config, Carrier, Arguments) ->
 
 %% What Fun returns for inet_tcp's nodes a, b, and c, which is hidden, and must return for ours.
 same(Config, Fun) ->
-    [InetTcp, Ours] = at_once([fun() -> Fun(proplists:get_value(Carrier, Config)) end || Carrier <- carriers()]),
+    [InetTcp, Ours] = meshx_ct:at_once([fun() -> Fun(proplists:get_value(Carrier, Config)) end || Carrier <- carriers()]),
     ?assertEqual(InetTcp, Ours),
     Ours.
-
-at_once(Funs) ->
-    Runs = [spawn_monitor(fun() -> exit({result, Fun()}) end) || Fun <- Funs],
-    [
-        receive
-            {'DOWN', Monitor, process, _, {result, Result}} -> Result;
-            {'DOWN', Monitor, process, _, Reason} -> error(Reason)
-        end
-     || {_, Monitor} <- Runs
-    ].
 
 ours(Config) -> proplists:get_value("meshx_node", Config).
 
@@ -624,7 +609,7 @@ chunks_came() ->
 %% What it sent last may be lost, with inet_tcp, too: the emulator doesn't send what it has queued. But
 %% nothing of the rest.
 halted_peer(Config) ->
-    Results = at_once([
+    Results = meshx_ct:at_once([
         fun() ->
             [#{node := NameA} = A | _] = proplists:get_value(Carrier, Config),
             #{peer := Peer} = D = start(Config, Carrier, d),
@@ -680,104 +665,6 @@ init_stop_sends_what_was_sent(Config) ->
     Told = told_of_down(A),
     ?assertEqual(lists:seq(1, 1000), [N || {number, N} <- Told]),
     meshx_ct:wait("the VM's end", fun() -> meshx_ct:is_gone(D) end).
-
-%% In the same VM, by the same name, as the same service; nothing is left of what was before.
-init_restart(Config) ->
-    [#{agent := Agent} = A | _] = ours(Config),
-    Name = meshx_ct:node_name(restarted),
-    #{args := Arguments} = options(Config, "meshx_node", []),
-    {Run, Monitor} = spawn_monitor(fun() ->
-        exit({ended, meshx_ct:erl(Config, ["-sname", "restarted" | Arguments], #{})})
-    end),
-    Ask = fun(Module, Function, Args) -> meshx_ct:call(A, rpc, call, [Name, Module, Function, Args]) end,
-    meshx_ct:wait("the node", fun() -> meshx_ct:connect(A, Name) end),
-    Before = incarnation(Ask),
-    watch(A),
-    ok = Ask(init, restart, []),
-    ?assertMatch([{nodedown, Name, _} | _], told_of_down(A)),
-    meshx_ct:wait("the node again", fun() -> meshx_ct:connect(A, Name) end, 30000),
-    After = incarnation(Ask),
-    ?assertEqual(maps:get(os_pid, Before), maps:get(os_pid, After)),
-    [?assertNotEqual(maps:get(Key, Before), maps:get(Key, After)) || Key <- [creation, sidecar]],
-    ?assertNot(meshx_ct_proc:is_alive(maps:get(sidecar, Before))),
-    ?assertEqual([maps:get(sidecar, After)], maps:get(sidecars, After)),
-    Id = atom_to_binary(Name),
-    ?assertMatch([Id], [Of || Of <- maps:keys(meshx_ct_agent:services(Agent)), Of =:= Id]),
-    ok = Ask(init, stop, []),
-    receive
-        {'DOWN', Monitor, process, Run, Reason} -> ?assertMatch({ended, {0, _}}, Reason)
-    end,
-    ?assertNot(meshx_ct_proc:is_alive(maps:get(sidecar, After))).
-
-incarnation(Ask) ->
-    OsPid = list_to_integer(Ask(os, getpid, [])),
-    {ok, Sidecar} = Ask(meshx_node, info, [sidecar_pid]),
-    #{
-        os_pid => OsPid,
-        creation => Ask(erlang, system_info, [creation]),
-        sidecar => meshx_ct_proc:find(Sidecar),
-        sidecars => [
-            Child
-         || Guard <- meshx_ct_proc:children(OsPid),
-            meshx_ct_proc:program(Guard) =:= <<"meshx_guard">>,
-            Child <- meshx_ct_proc:children(meshx_ct_proc:pid(Guard))
-        ]
-    }.
-
-%%% Clusters
-
-%% By default global disconnects a node from one that has lost another one.
-overlapping_partitions(Config) ->
-    Cluster = fun(Names, Arguments) ->
-        [One, Two, Three] = Nodes = meshx_ct:start_all(Config, Names, #{args => Arguments}),
-        [linked(One, Other) || Other <- [Two, Three]],
-        meshx_ct:wait("full mesh", fun() -> [length(meshx_ct:call(Node, erlang, nodes, [])) || Node <- Nodes] =:= [2, 2, 2] end),
-        %% What global has to do for that is done.
-        [meshx_ct:call(Node, global, sync, []) || Node <- Nodes],
-        true = meshx_ct:call(One, erlang, disconnect_node, [maps:get(node, Two)]),
-        Nodes
-    end,
-    [[P1, P2, P3], [Q1, Q2, Q3]] = at_once([
-        fun() -> Cluster([p1, p2, p3], []) end,
-        fun() -> Cluster([q1, q2, q3], ["-kernel", "prevent_overlapping_partitions", "false"]) end
-    ]),
-    meshx_ct:wait("global to disconnect", fun() ->
-        lists:any(fun(Node) -> meshx_ct:has_line(Node, 0, "prevent overlapping partitions") end, [P1, P2, P3])
-    end),
-    meshx_ct:wait("no overlapping partitions", fun() -> not overlap([P1, P2, P3]) end),
-    meshx_ct:wait("two partitions", fun() -> meshx_ct:call(Q2, erlang, nodes, []) =:= [maps:get(node, Q3)] end),
-    ?assertEqual([maps:get(node, Q3)], meshx_ct:call(Q1, erlang, nodes, [])),
-    ?assert(overlap([Q1, Q2, Q3])).
-
-%% Whether one of three nodes has links to two that have none between them.
-overlap(Nodes) ->
-    Links = [length(meshx_ct:call(Node, erlang, nodes, [])) || Node <- Nodes],
-    lists:sort(Links) =:= [1, 1, 2].
-
-all_connect_at_once(Config) ->
-    Nodes = meshx_ct:start_all(Config, [r1, r2, r3, r4, r5], #{args => ["-connect_all", "false"]}),
-    ?assertEqual(#{pairs => 10 * ?ROUNDS, refused => 0}, meshx_ct_cycles:all_at_once(Nodes, ?ROUNDS)),
-    [?assertEqual([], meshx_ct:own_lines(Node, 0)) || Node <- Nodes].
-
-%% Without the proxies' delays.
-all_connect_at_once_without_sidecars(Config) ->
-    Ports = [{Name, meshx_ct_agent:free_port()} || Name <- [s1, s2, s3, s4, s5]],
-    Upstreams = [{meshx_ct:node_name(Name), lists:concat(["127.0.0.1:", Port])} || {Name, Port} <- Ports],
-    Nodes = at_once([
-        fun() ->
-            meshx_ct:start(Config, Name, #{
-                args => [
-                    "-connect_all", "false", "-meshx_node", "sidecar_command", "none",
-                    "-meshx_node", "upstreams", lists:flatten(io_lib:format("~0p", [Upstreams])),
-                    "-kernel", "inet_dist_listen_min", integer_to_list(Port)
-                ]
-            })
-        end
-     || {Name, Port} <- Ports
-    ]),
-    ?assertEqual(
-        #{pairs => 10 * ?ROUNDS_DIRECT, refused => 0}, meshx_ct_cycles:all_at_once(Nodes, ?ROUNDS_DIRECT)
-    ).
 
 %%% net_kernel:allow/1
 

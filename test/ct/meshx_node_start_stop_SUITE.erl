@@ -21,6 +21,7 @@ all() ->
         net_kernel_stop_leaves_nothing,
         starts_again_in_the_same_vm,
         starts_again_while_the_former_sidecar_still_ends,
+        init_restart,
         init_stop_leaves_nothing,
         sigterm_leaves_nothing,
         sigkill_leaves_no_process_and_the_name_starts_again,
@@ -205,6 +206,50 @@ net_kernel_stop(#{agent := Agent, node := Name} = Node) ->
 are_gone(Processes) ->
     Gone = fun() -> not lists:any(fun meshx_ct_proc:is_alive/1, Processes) end,
     meshx_ct:wait("the end of guard and sidecar", Gone, 2000).
+
+%% In the same VM, by the same name, as the same service; nothing is left of what was before.
+init_restart(Config) ->
+    #{agent := Agent} = A = meshx_ct:start(Config, asking, #{args => ["-connect_all", "false"]}),
+    Name = meshx_ct:node_name(restarted),
+    {Run, Monitor} = spawn_monitor(fun() ->
+        exit({ended, meshx_ct:erl(Config, ["-sname", "restarted", "-connect_all", "false"], #{})})
+    end),
+    Ask = fun(Module, Function, Args) -> meshx_ct:call(A, rpc, call, [Name, Module, Function, Args]) end,
+    meshx_ct:wait("the node", fun() -> meshx_ct:connect(A, Name) end),
+    Before = incarnation(Ask),
+    _ = meshx_ct:call(A, meshx_ct_there, watch, [[]]),
+    ok = Ask(init, restart, []),
+    meshx_ct:wait("nodedown", fun() ->
+        lists:member({nodedown, Name}, meshx_ct:call(A, meshx_ct_there, seen, []))
+    end),
+    meshx_ct:wait("the node again", fun() -> meshx_ct:connect(A, Name) end, 30000),
+    After = incarnation(Ask),
+    ?assertEqual(maps:get(os_pid, Before), maps:get(os_pid, After)),
+    [?assertNotEqual(maps:get(Key, Before), maps:get(Key, After)) || Key <- [creation, sidecar]],
+    are_gone([maps:get(sidecar, Before)]),
+    ?assertEqual([maps:get(sidecar, After)], maps:get(sidecars, After)),
+    Id = atom_to_binary(Name),
+    ?assertMatch([Id], [Of || Of <- maps:keys(meshx_ct_agent:services(Agent)), Of =:= Id]),
+    ok = Ask(init, stop, []),
+    receive
+        {'DOWN', Monitor, process, Run, Reason} -> ?assertMatch({ended, {0, _}}, Reason)
+    end,
+    are_gone([maps:get(sidecar, After)]).
+
+incarnation(Ask) ->
+    OsPid = list_to_integer(Ask(os, getpid, [])),
+    {ok, Sidecar} = Ask(meshx_node, info, [sidecar_pid]),
+    #{
+        os_pid => OsPid,
+        creation => Ask(erlang, system_info, [creation]),
+        sidecar => meshx_ct_proc:find(Sidecar),
+        sidecars => [
+            Child
+         || Guard <- meshx_ct_proc:children(OsPid),
+            meshx_ct_proc:program(Guard) =:= <<"meshx_guard">>,
+            Child <- meshx_ct_proc:children(meshx_ct_proc:pid(Guard))
+        ]
+    }.
 
 init_stop_leaves_nothing(Config) ->
     ends_without_rest(Config, fun meshx_ct:stop/1).
