@@ -77,9 +77,9 @@ services(#{agent := Agent}) ->
 
 %% Each dials the other, and it is that one who answers.
 link_both_ways(One, Other) ->
-    [link(From, To) || {From, To} <- [{One, Other}, {Other, One}]].
+    [link_from(From, To) || {From, To} <- [{One, Other}, {Other, One}]].
 
-link(#{node := FromName} = From, #{node := Name} = To) ->
+link_from(#{node := FromName} = From, #{node := Name} = To) ->
     ?assert(meshx_ct:connect(From, Name)),
     ?assertEqual(Name, meshx_ct:call(From, erpc, call, [Name, erlang, node, []])),
     ?assertEqual({badrpc, {'EXIT', Name}}, meshx_ct:call(From, rpc, call, [Name, erlang, exit, [Name]])),
@@ -180,7 +180,7 @@ a_node_in_capitals_has_a_shell(Config) ->
     {A, _} = vms(Config),
     Node = become(A, 'NODE@host.x', node),
     Shell = meshx_ct:start(Config, 'shell@host.x', #{longnames => true, args => ["-dist_listen", "false"]}),
-    link(Shell, Node),
+    link_from(Shell, Node),
     ?assertEqual([], meshx_ct:watch(Shell)).
 
 %%% Boot

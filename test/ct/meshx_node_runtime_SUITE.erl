@@ -506,7 +506,7 @@ requests_under_way_when_a_link_drops(Config) ->
         stopped(B, fun() ->
             meshx_ct:call(A, fun() ->
                 Callers = [
-                    spawn_monitor(fun() -> exit({got, catch Call()}) end)
+                    spawn_monitor(fun() -> exit({got, outcome(Call)}) end)
                  || Call <- [
                         fun() -> rpc:call(NameB, erlang, node, []) end,
                         fun() -> erpc:call(NameB, erlang, node, []) end,
@@ -534,7 +534,7 @@ requests_under_way_when_a_link_drops(Config) ->
                     after 0 -> nothing
                     end,
                 Ends = [receive {'DOWN', Monitor, process, _, Got} -> Got end || {_, Monitor} <- Callers],
-                {lists:sort(Replies), Rest, [without_place(Got) || {got, Got} <- Ends]}
+                {lists:sort(Replies), Rest, [Got || {got, Got} <- Ends]}
             end)
         end)
     end),
@@ -549,9 +549,13 @@ await_waiting(Caller) ->
         _ -> erlang:yield(), await_waiting(Caller)
     end.
 
-%% Of {'EXIT', {Reason, Stack}}.
-without_place({'EXIT', {Reason, _}}) -> Reason;
-without_place(Result) -> Result.
+outcome(Call) ->
+    try
+        Call()
+    catch
+        error:Reason -> Reason;
+        exit:{Reason, _Call} -> Reason
+    end.
 
 %% The limit that +zdbbl has set is 1 KiB.
 busy_dist_port(Config) ->
