@@ -172,7 +172,7 @@ bench: deps consul ## measure it beside OTP's own carriers (test/bench/run says 
 	@.ci/deps iproute2
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/bench/run
-bench-chart: ## draw test/bench/throughput.svg, which the README shows, from the last make bench
+bench-chart: ## draw the README's pictures, test/bench/*.svg, from the last make bench
 	@.ci/deps gnuplot-nox
 	@test/bench/chart
 

@@ -24,6 +24,7 @@ enum kind {
     INSTANCES,
     ALLOWED,
     INTENTIONS,
+    CHANGES,
     CHECKS
 };
 
@@ -36,6 +37,7 @@ struct call {
         consul_instances_done instances;
         consul_allowed_done allowed;
         consul_intentions_done intentions;
+        consul_changes_done changes;
         consul_checks_done checks;
     } done;
     void *argument;
@@ -196,7 +198,10 @@ static void fail(struct call *call, const struct meshx_failure *failure) {
         call->done.allowed(&whole, false, call->argument);
         break;
     case INTENTIONS:
-        call->done.intentions(&whole, 0, NULL, call->argument);
+        call->done.intentions(&whole, NULL, call->argument);
+        break;
+    case CHANGES:
+        call->done.changes(&whole, 0, call->argument);
         break;
     case CHECKS:
         call->done.checks(&whole, 0, NULL, call->argument);
@@ -256,7 +261,7 @@ static void end_intentions(struct call *call, const struct http_answer *answer) 
         MESHX_OK) {
         fail_document(call, &failure);
     } else {
-        call->done.intentions(NULL, answer->index, &intentions, call->argument);
+        call->done.intentions(NULL, &intentions, call->argument);
         document_intentions_fini(&intentions);
     }
 }
@@ -291,6 +296,9 @@ static void end_success(struct call *call, const struct http_answer *answer) {
         break;
     case INTENTIONS:
         end_intentions(call, answer);
+        break;
+    case CHANGES:
+        call->done.changes(NULL, answer->index, call->argument);
         break;
     case CHECKS:
         end_checks(call, answer);
@@ -467,27 +475,41 @@ int consul_allowed(struct consul *consul, const char *source, const char *destin
                            .relation = "may connect to"});
 }
 
-int consul_watch_intentions(struct consul *consul, const char *name, uint64_t index,
-                            consul_intentions_done done, void *argument) {
-    struct buf filter = {0};
-    bool quotable = strpbrk(name, "\"\\") == NULL;
-    int code = !quotable ? buf_append_text(&filter, "SourceName!=\"\"")
-                         : buf_format(&filter,
-                                      "SourceName==\"%s\" or DestinationName==\"%s\" or "
-                                      "SourceName==\"*\" or DestinationName==\"*\"",
-                                      name, name);
-    if (code == MESHX_OK) {
-        code = ask(consul,
-                   &(struct call){
-                       .kind = INTENTIONS, .done.intentions = done, .argument = argument},
-                   &(struct question){.method = "GET",
-                                      .path = "/v1/connect/intentions?filter=",
-                                      .name = buf_text(&filter),
-                                      .index = &index,
-                                      .what = "watching intentions"});
-    }
-    buf_fini(&filter);
-    return code;
+int consul_intentions(struct consul *consul, enum consul_end end, const char *name,
+                      consul_intentions_done done, void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = INTENTIONS, .done.intentions = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = end == CONSUL_SOURCE ? "/v1/connect/intentions/match"
+                                                          "?by=source&name="
+                                                        : "/v1/connect/intentions/match"
+                                                          "?by=destination&name=",
+                           .name = name,
+                           .what = end == CONSUL_SOURCE
+                                       ? "asking for intentions with source"
+                                       : "asking for intentions with destination"});
+}
+
+int consul_watch_intentions(struct consul *consul, uint64_t index,
+                            consul_changes_done done, void *argument) {
+    return ask(
+        consul,
+        &(struct call){.kind = CHANGES, .done.changes = done, .argument = argument},
+        &(struct question){.method = "GET",
+                           .path = "/v1/connect/intentions?filter=",
+                           .name = "SourceName==\"\"",
+                           .index = &index,
+                           .what = "watching intentions"});
+}
+
+int consul_sidecars(struct consul *consul, consul_checks_done done, void *argument) {
+    return ask(consul,
+               &(struct call){.kind = CHECKS, .done.checks = done, .argument = argument},
+               &(struct question){.method = "GET",
+                                  .path = "/v1/health/state/any?filter=",
+                                  .name = "Name==\"" DOCUMENT_SIDECAR_CHECK "\"",
+                                  .what = "asking for all sidecars with"});
 }
 
 int consul_watch_critical(struct consul *consul, uint64_t index, consul_checks_done done,

@@ -78,6 +78,18 @@ int consul_allowed(struct consul *consul, const char *source, const char *destin
                    consul_allowed_done done, void *argument);
 
 /*
+ * GET /v1/connect/intentions/match: all that may decide what service |name| is one end
+ * of. Needs no right but intentions:read on that service. The callback may take what it
+ * gets by putting another document in its place.
+ */
+enum consul_end { CONSUL_SOURCE, CONSUL_DESTINATION };
+typedef void (*consul_intentions_done)(const struct meshx_failure *failure,
+                                       struct document_intentions *intentions,
+                                       void *argument);
+int consul_intentions(struct consul *consul, enum consul_end end, const char *name,
+                      consul_intentions_done done, void *argument);
+
+/*
  * Blocking queries: the agent answers when what is asked for is no longer as it was at
  * |index|, or after a minute as before; with index 0 at once. The callback's |index| is
  * the one to go on with; 0: this agent tells none. It may take what it gets by putting
@@ -86,21 +98,23 @@ int consul_allowed(struct consul *consul, const char *source, const char *destin
  */
 
 /*
- * GET /v1/connect/intentions: those that may concern service |name|. (Of ../match only
- * late versions tell an index.) A token sees only intentions that it may read, but is
- * told of every change.
+ * GET /v1/connect/intentions, of which none is listed: the index says that there was a
+ * change. (Of ../match only late versions tell one.) A token is told of every change,
+ * also of intentions that it may not read.
  */
-typedef void (*consul_intentions_done)(const struct meshx_failure *failure,
-                                       uint64_t index,
-                                       struct document_intentions *intentions,
-                                       void *argument);
-int consul_watch_intentions(struct consul *consul, const char *name, uint64_t index,
-                            consul_intentions_done done, void *argument);
+typedef void (*consul_changes_done)(const struct meshx_failure *failure, uint64_t index,
+                                    void *argument);
+int consul_watch_intentions(struct consul *consul, uint64_t index,
+                            consul_changes_done done, void *argument);
 
 /* GET /v1/health/state/critical: of all node services and Consul nodes. */
 typedef void (*consul_checks_done)(const struct meshx_failure *failure, uint64_t index,
                                    struct document_checks *checks, void *argument);
 int consul_watch_critical(struct consul *consul, uint64_t index, consul_checks_done done,
                           void *argument);
+
+/* GET /v1/health/state/any: the sidecar's check of every node service, in one answer that
+ * is not waited for. */
+int consul_sidecars(struct consul *consul, consul_checks_done done, void *argument);
 
 #endif

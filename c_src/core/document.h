@@ -89,13 +89,14 @@ void document_service_fini(struct document_service *service);
 int document_parse_allowed(const char *body, size_t size, bool *out,
                            struct meshx_failure *failure);
 
-/* One intention of those that /v1/connect/intentions lists. */
+/* One intention of those that /v1/connect/intentions/match lists. */
 struct document_intention {
     char *source; /* a name or "*" */
     char *destination;
     char *action;       /* "allow", "deny"; "" or NULL: it has permissions instead */
     char *id;           /* "" or NULL: it has none */
     int64_t precedence; /* of two that match, the higher one decides */
+    bool foreign;       /* one end has a namespace, partition or cluster of its own */
 };
 
 struct document_intentions {
@@ -103,6 +104,7 @@ struct document_intentions {
     size_t count;
 };
 
+/* Of one service: {"name": [...]}. */
 int document_parse_intentions(const char *body, size_t size,
                               struct document_intentions *out,
                               struct meshx_failure *failure);
@@ -110,9 +112,10 @@ void document_intentions_fini(struct document_intentions *intentions);
 
 /* A check of those that /v1/health/state/:state lists. */
 struct document_check {
-    char *agent_node; /* the Consul node it is registered at */
-    char *service_id; /* "" or NULL: the Consul node's own */
-    char *trouble;    /* what it says, NULL if it passes */
+    char *agent_node;   /* the Consul node it is registered at */
+    char *service_id;   /* "" or NULL: the Consul node's own */
+    char *service_name; /* the same */
+    char *trouble;      /* what it says, NULL if it passes */
 };
 
 struct document_checks {

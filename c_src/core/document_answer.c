@@ -133,28 +133,38 @@ struct list {
     size_t count;
 };
 
-/* Reads the array that |what| names, |item_size| bytes an item. On failure too |*out| has
+/* Reads |array|, which |what| names, |item_size| bytes an item. On failure too |*out| has
  * what was read. */
+static int read_list(const json_t *array, const char *what, size_t item_size,
+                     read_item *read, struct list *out, struct meshx_failure *failure) {
+    int result = MESHX_OK;
+    *out = (struct list){0};
+    if (!json_is_array(array)) {
+        return answer_failure(failure, what, "an array", array);
+    }
+    size_t count = json_array_size(array);
+    if (count > 0) {
+        out->items = calloc(count, item_size);
+        if (out->items == NULL) {
+            return document_out_of_memory(failure);
+        }
+        out->count = count;
+    }
+    for (size_t i = 0; i < out->count && result == MESHX_OK; i++) {
+        result =
+            read(json_array_get(array, i), (char *)out->items + i * item_size, failure);
+    }
+    return result;
+}
+
+/* The same, of an answer that is nothing else. */
 static int parse_list(const char *body, size_t size, const char *what, size_t item_size,
                       read_item *read, struct list *out, struct meshx_failure *failure) {
     json_t *answer = NULL;
     *out = (struct list){0};
     int result = parse_answer(body, size, &answer, failure);
-    if (result == MESHX_OK && !json_is_array(answer)) {
-        result = answer_failure(failure, what, "an array", answer);
-    }
-    size_t count = result == MESHX_OK ? json_array_size(answer) : 0;
-    if (count > 0) {
-        out->items = calloc(count, item_size);
-        if (out->items == NULL) {
-            result = document_out_of_memory(failure);
-        } else {
-            out->count = count;
-        }
-    }
-    for (size_t i = 0; i < out->count && result == MESHX_OK; i++) {
-        result =
-            read(json_array_get(answer, i), (char *)out->items + i * item_size, failure);
+    if (result == MESHX_OK) {
+        result = read_list(answer, what, item_size, read, out, failure);
     }
     json_decref(answer);
     return result;
@@ -291,6 +301,24 @@ int document_parse_allowed(const char *body, size_t size, bool *out,
     return result;
 }
 
+/* Whether |key| is there and says anything but |usual|. */
+static bool is_unusual(const json_t *object, const char *key, const char *usual) {
+    const json_t *value = json_object_get(object, key);
+    const char *text = json_string_value(value);
+    return value != NULL && !json_is_null(value) &&
+           (text == NULL || (text[0] != '\0' && strcmp(text, usual) != 0));
+}
+
+/* Consul Enterprise's, and those of other clusters. */
+static bool is_foreign(const json_t *intention) {
+    return is_unusual(intention, "SourceNS", "default") ||
+           is_unusual(intention, "DestinationNS", "default") ||
+           is_unusual(intention, "SourcePartition", "default") ||
+           is_unusual(intention, "DestinationPartition", "default") ||
+           is_unusual(intention, "SourcePeer", "") ||
+           is_unusual(intention, "SourceSamenessGroup", "");
+}
+
 static int read_intention(json_t *entry, void *item, struct meshx_failure *failure) {
     struct document_intention *out = item;
     json_t *precedence = NULL;
@@ -312,15 +340,25 @@ static int read_intention(json_t *entry, void *item, struct meshx_failure *failu
         result = get(entry, "Precedence", JSON_INTEGER, OPTIONAL, &precedence, failure);
         out->precedence = json_integer_value(precedence);
     }
+    out->foreign = is_foreign(entry);
     return result;
 }
 
 int document_parse_intentions(const char *body, size_t size,
                               struct document_intentions *out,
                               struct meshx_failure *failure) {
-    struct list list;
-    int result = parse_list(body, size, "the list of intentions", sizeof *out->items,
-                            read_intention, &list, failure);
+    struct list list = {0};
+    json_t *answer = NULL;
+    int result = parse_answer(body, size, &answer, failure);
+    if (result == MESHX_OK && json_object_size(answer) != 1) {
+        result = answer_failure(failure, "the answer", "an object of one list", answer);
+    }
+    const json_t *array = json_object_iter_value(json_object_iter(answer));
+    if (result == MESHX_OK && !json_is_null(array)) { /* null: none */
+        result = read_list(array, "the list of intentions", sizeof *out->items,
+                           read_intention, &list, failure);
+    }
+    json_decref(answer);
     *out = (struct document_intentions){.items = list.items, .count = list.count};
     if (result != MESHX_OK) {
         document_intentions_fini(out);
@@ -348,6 +386,9 @@ static int read_critical(json_t *entry, void *item, struct meshx_failure *failur
     if (result == MESHX_OK) {
         result = get_string(entry, "ServiceID", OPTIONAL, &out->service_id, failure);
     }
+    if (result == MESHX_OK) {
+        result = get_string(entry, "ServiceName", OPTIONAL, &out->service_name, failure);
+    }
     return result == MESHX_OK ? read_check(entry, &out->trouble, failure) : result;
 }
 
@@ -367,6 +408,7 @@ void document_checks_fini(struct document_checks *checks) {
     for (size_t i = 0; i < checks->count; i++) {
         free(checks->items[i].agent_node);
         free(checks->items[i].service_id);
+        free(checks->items[i].service_name);
         free(checks->items[i].trouble);
     }
     free(checks->items);

@@ -21,6 +21,7 @@
  * mesh_lookup.c        what the agent says of a node
  * mesh_departure.c     upstreams of nodes that are gone
  * mesh_watch.c         blocking queries: what Consul says changes
+ * mesh_intention.c     which links intentions allow
  * mesh_link.c          linked nodes: are they still allowed, are they healthy?
  * mesh_control_node.c  a control node's way to others, without a service of its own
  * mesh_stop.c          drain, stop
@@ -71,6 +72,9 @@ struct mesh_request {
     struct mesh *mesh;
     unsigned
         lookups; /* answers of the agent still to come; they hold on to this object */
+    bool list_wanted; /* waits for the next list of sidecars to be asked for */
+    bool list_asked;  /* waits for the one that is under way */
+    bool parked;      /* waits for what intentions say */
     bool answered;
     uint64_t revision;            /* waits until this one is applied; 0: does not */
     uint64_t open_by;             /* waits for the listener till then; 0: does not */
@@ -160,20 +164,30 @@ struct mesh_link {
     char *service_name; /* NULL: not asked about */
     char *agent_node;   /* the Consul node it is registered at; NULL: not known yet */
     bool dialed;
-    bool gone;          /* freed with the last answer that refers to it */
-    bool denied;        /* that was told */
-    unsigned asked;     /* answers to come */
-    bool refused;       /* by an answer of the judgement under way */
-    uint64_t denied_at; /* since when all judgements do; 0: the last one does not */
-    uint64_t judged;    /* |link_news| when it was last asked about */
+    bool gone;       /* freed with the last answer that refers to it */
+    bool denied;     /* that was told */
+    unsigned asked;  /* answers to come */
+    uint64_t judged; /* |link_news| when it was last asked about */
     bool critical;
     bool critical_told;
     char trouble[256]; /* of a critical one */
 };
 
+/* What decides which links are allowed, as the agent last told. */
+struct mesh_intentions {
+    struct document_intentions from; /* with our service as source */
+    struct document_intentions to;   /* with it as destination */
+    bool otherwise;                  /* whether all else is allowed */
+    bool known;                      /* these three, as of the last change */
+    bool wanted;      /* by links, or by lookups that come together; from then on */
+    bool incomplete;  /* an answer of those under way was none */
+    bool again;       /* there was a change meanwhile */
+    unsigned pending; /* answers to come */
+};
+
 /* One blocking query. */
 enum mesh_query_kind {
-    MESH_QUERY_INTENTIONS, /* those that may concern us */
+    MESH_QUERY_INTENTIONS, /* whether any has changed */
     MESH_QUERY_CRITICAL,   /* critical checks of any node service */
     MESH_QUERY_COUNT
 };
@@ -186,6 +200,8 @@ struct mesh_query {
     uint64_t asked_at;
     unsigned failures; /* in a row */
     bool active;       /* under way, or the timer is set */
+    bool asked;        /* under way */
+    bool waiting;      /* under way, and told when there is news */
     bool reported;     /* a person was told that it fails */
 };
 
@@ -266,6 +282,8 @@ struct mesh {
     uint16_t *used_ports; /* upstream ports this sidecar process may have bound */
     size_t used_count;
     struct mesh_request *requests; /* all in hand, oldest first */
+    unsigned lone_lookups;         /* nodes that are asked about one by one */
+    bool listing;                  /* a list of sidecars is under way for others */
     uint64_t gathered;             /* revision that waits for other lookups; 0: none */
     uint64_t gather_by;            /* for so long */
     char *swept;                   /* the service whose instances are asked for; NULL */
@@ -273,13 +291,14 @@ struct mesh {
     struct mesh_proxy *proxies;    /* of a control node */
 
     struct mesh_query queries[MESH_QUERY_COUNT];
-    struct document_intentions intentions; /* as last answered */
-    struct document_checks critical;       /* the same */
-    struct loop_timer *recheck; /* when links are judged anew, queries or not */
-    bool rechecking;            /* |recheck| is set */
-    uint64_t away_since;        /* the agent can't be reached; 0: it can */
-    uint64_t away_time;         /* how long that was the last time */
-    bool sidecar_outdated;      /* it has not noticed that the agent lost its state */
+    struct mesh_intentions intentions;
+    struct document_checks critical; /* as last answered */
+    bool hosts_asked;                /* where linked nodes are; an answer is to come */
+    struct loop_timer *recheck;      /* when links are judged anew, queries or not */
+    bool rechecking;                 /* |recheck| is set */
+    uint64_t away_since;             /* the agent can't be reached; 0: it can */
+    uint64_t away_time;              /* how long that was the last time */
+    bool sidecar_outdated; /* it has not noticed that the agent lost its state */
     struct mesh_link *links;
     uint64_t link_news;        /* counts what makes all links be judged anew */
     unsigned links_asked;      /* links that are being judged */
@@ -381,6 +400,10 @@ void mesh_upstream_out_of_memory(struct mesh_request *request);
 /* mesh_lookup.c */
 /* Asks the agent about |request|'s node; mesh_upstream_looked_up() follows. */
 void mesh_lookup(struct mesh_request *request);
+/* Is |text| |begin| with the suffix Consul gives to names and IDs of sidecars? */
+bool mesh_lookup_is_sidecar(const char *text, const char *begin);
+/* Intentions are known now, or can't be had. */
+void mesh_lookup_unpark(struct mesh *mesh);
 /* Whether |allowed| (unless |failure|) lets |source| connect to |destination|; else
  * |*out| says why not. */
 bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *failure,
@@ -413,13 +436,38 @@ void mesh_watch_unlinked(struct mesh *mesh);
 #define MESH_RECHECK_TIME 3000 /* of the 5 s in which a denial must count */
 void mesh_watch_recheck(struct mesh *mesh, uint32_t delay);
 
+/* Would it be told at once if an intention changed now? */
+bool mesh_watch_sees_intentions(const struct mesh *mesh);
+/* Is it about to begin? mesh_intention_refresh() or mesh_lookup_unpark() follows. */
+bool mesh_watch_begins_intentions(const struct mesh *mesh);
+
+/* mesh_intention.c */
+enum mesh_verdict {
+    MESH_VERDICT_ASK, /* the agent must be asked: consul_allowed() */
+    MESH_VERDICT_ALLOW,
+    MESH_VERDICT_DENY
+};
+/* One of both is our service. |*decides| is the intention that does, borrowed until the
+ * next refresh; NULL: none, or not known. */
+enum mesh_verdict mesh_intention_verdict(const struct mesh *mesh, const char *source,
+                                         const char *destination,
+                                         const struct document_intention **decides);
+/* Whether such a verdict is good for a link that is to be made now. */
+bool mesh_intention_is_current(const struct mesh *mesh);
+/* Whether such verdicts are on their way. */
+bool mesh_intention_is_coming(const struct mesh *mesh);
+/* Intentions may have changed: asks for them; mesh_link_judge() and mesh_lookup_unpark()
+ * follow, also when they can't be had. */
+void mesh_intention_refresh(struct mesh *mesh);
+void mesh_intention_fini(struct mesh *mesh);
+
 /* mesh_link.c */
 /* Takes the names out of |request|. */
 void mesh_link_up(struct mesh *mesh, struct mesh_request *request);
 void mesh_link_down(struct mesh *mesh, uint64_t id);
 /* Is any link one that is asked about? */
 bool mesh_link_any(const struct mesh *mesh);
-/* Intentions may have changed. */
+/* Judges all links anew. */
 void mesh_link_judge(struct mesh *mesh);
 /* |mesh->critical| has changed. */
 void mesh_link_compare(struct mesh *mesh);

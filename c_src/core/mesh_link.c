@@ -1,11 +1,11 @@
 /*
  * Linked nodes: are they still allowed, are they healthy? L4, control thread only.
  *
- * A proxy asks for intentions when a connection is made and never again, so we ask for
- * the link's whole life: when it comes up, and whenever mesh_watch.c says that something
- * may have changed. Not more than a few links are asked about at once, since the
- * heartbeats use the same connections to the agent. What can't be asked changes nothing:
- * only a clear denial is told, once.
+ * A proxy asks for intentions when a connection is made and never again, so we judge a
+ * link for its whole life: when it comes up, and whenever something may have changed.
+ * mesh_intention.c knows the verdicts, or says that the agent must be asked. Then not
+ * more than a few links are asked about at once, since the heartbeats use the same
+ * connections. What can't be asked changes nothing: only a clear denial is told, once.
  *
  * A link is in mesh->links until it is down and no answer refers to it any more.
  */
@@ -16,13 +16,11 @@
 #include <string.h>
 
 #define ASKED_MAX 2
-/* How long a denial waits for the list of intentions to say which one it is. */
-#define NAME_TIME 1000 /* milliseconds */
 /* How long a linked node must be critical, or well again, before it is told: a node that
  * stops, or whose agent has lost its state, is critical for a moment. */
 #define NOTICE_TIME 2000 /* milliseconds */
 
-static void judge_next(struct mesh *mesh);
+static void judge_next(struct mesh *mesh, bool fresh);
 
 static void link_free(struct mesh_link *link) {
     free(link->node);
@@ -45,11 +43,15 @@ static bool is_running(const struct mesh *mesh) {
 
 /* ---- health ---- */
 
+static bool is_of_host(const struct document_check *check) {
+    return check->service_id == NULL || check->service_id[0] == '\0';
+}
+
 /* Is |check| one of the node's own two, or that of the host it is on? */
 static bool concerns(const struct document_check *check, const struct mesh_link *link) {
     size_t size = strlen(link->node);
     const char *id = check->service_id;
-    if (id == NULL || id[0] == '\0') {
+    if (is_of_host(check)) {
         return link->agent_node != NULL &&
                strcmp(check->agent_node, link->agent_node) == 0;
     }
@@ -76,11 +78,51 @@ static void compare(struct mesh_link *link) {
     }
 }
 
-void mesh_link_compare(struct mesh *mesh) {
+static void compare_all(struct mesh *mesh) {
     for (struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
         if (link->service_name != NULL && !link->gone) {
             compare(link);
         }
+    }
+}
+
+static void on_sidecars(const struct meshx_failure *failure, uint64_t index,
+                        struct document_checks *sidecars, void *argument) {
+    struct mesh *mesh = argument;
+    (void)index;
+    mesh->hosts_asked = false;
+    for (struct mesh_link *link = mesh->links; failure == NULL && link != NULL;
+         link = link->next) {
+        for (size_t i = 0; i < sidecars->count && link->agent_node == NULL; i++) {
+            const struct document_check *sidecar = &sidecars->items[i];
+            if (link->service_name != NULL &&
+                mesh_lookup_is_sidecar(sidecar->service_name, link->service_name)) {
+                link->agent_node = strdup(sidecar->agent_node); /* NULL: next time */
+            }
+        }
+    }
+    if (is_running(mesh)) {
+        compare_all(mesh);
+    }
+}
+
+/* On which host a node is, counts only when one is in trouble: its end is theirs, too. */
+static bool is_host_unknown(const struct mesh *mesh) {
+    bool host = false;
+    bool unknown = false;
+    for (size_t i = 0; i < mesh->critical.count; i++) {
+        host = host || is_of_host(&mesh->critical.items[i]);
+    }
+    for (const struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
+        unknown = unknown || (link->agent_node == NULL && link->service_name != NULL);
+    }
+    return host && unknown;
+}
+
+void mesh_link_compare(struct mesh *mesh) {
+    compare_all(mesh);
+    if (!mesh->hosts_asked && is_host_unknown(mesh)) {
+        mesh->hosts_asked = consul_sidecars(mesh->consul, on_sidecars, mesh) == MESHX_OK;
     }
 }
 
@@ -101,27 +143,6 @@ void mesh_link_notice(struct mesh *mesh) {
 
 /* ---- intentions ---- */
 
-/* The intention that decides, as far as we may see it and have been told. */
-static const struct document_intention *
-find_intention(const struct mesh *mesh, const char *source, const char *destination) {
-    const struct document_intention *found = NULL;
-    for (size_t i = 0; i < mesh->intentions.count; i++) {
-        const struct document_intention *one = &mesh->intentions.items[i];
-        bool matches =
-            (strcmp(one->source, "*") == 0 || strcmp(one->source, source) == 0) &&
-            (strcmp(one->destination, "*") == 0 ||
-             strcmp(one->destination, destination) == 0);
-        if (matches && (found == NULL || one->precedence > found->precedence)) {
-            found = one;
-        }
-    }
-    return found;
-}
-
-static bool is_denial(const struct document_intention *one) {
-    return one != NULL && (one->action == NULL || strcmp(one->action, "allow") != 0);
-}
-
 static void describe(const struct document_intention *one, char *out, size_t size) {
     bool has_id = one->id != NULL && one->id[0] != '\0';
     snprintf(out, size, "the Consul intention %.100s => %.100s (precedence %lld%s%.50s)",
@@ -131,33 +152,30 @@ static void describe(const struct document_intention *one, char *out, size_t siz
 
 void mesh_link_describe_denial(const struct mesh *mesh, const char *source,
                                const char *destination, char *out, size_t size) {
-    const struct mesh_query *query = &mesh->queries[MESH_QUERY_INTENTIONS];
-    const struct document_intention *one = find_intention(mesh, source, destination);
-    if (query->active && query->failures == 0 && is_denial(one)) {
+    const struct document_intention *one = NULL;
+    bool denied =
+        mesh_intention_is_current(mesh) &&
+        mesh_intention_verdict(mesh, source, destination, &one) == MESH_VERDICT_DENY;
+    if (denied && one != NULL) {
         describe(one, out, size);
     } else {
         snprintf(out, size, "a Consul intention (or the default policy)");
     }
 }
 
+/* |one| decides, or if NULL, |other|. */
 static void tell_denied(struct mesh_link *link, const char *source,
-                        const char *destination) {
+                        const char *destination, const struct document_intention *one,
+                        const char *other) {
     struct mesh *mesh = link->mesh;
     struct meshx_failure failure;
-    const struct document_intention *one = find_intention(mesh, source, destination);
-    char which[400] =
-        "Consul's default policy, or an intention that our token can't read,";
-    if (link->denied_at == 0) {
-        link->denied_at = loop_now();
-    }
-    if (!is_denial(one) && loop_now() - link->denied_at < NAME_TIME) {
-        mesh_watch_recheck(mesh, NAME_TIME); /* unless news of it come before */
+    char which[400];
+    snprintf(which, sizeof which, "%s", other);
+    if (link->denied) {
         return;
     }
-    if (is_denial(one)) {
+    if (one != NULL) {
         describe(one, which, sizeof which);
-    } else if (one != NULL) { /* it is outdated, or outdone by one that we can't see */
-        snprintf(which, sizeof which, "a Consul intention");
     }
     link->denied = true;
     error_set(&failure, MESHX_EDENIED, "%s denies %s => %s", which, source, destination);
@@ -167,34 +185,17 @@ static void tell_denied(struct mesh_link *link, const char *source,
     mesh_emit(mesh, &event);
 }
 
-/* One answer about the link is here; |link| may be freed by this. */
-static void answered(struct mesh_link *link) {
-    struct mesh *mesh = link->mesh;
-    link->asked--;
-    if (link->asked > 0) {
-        return;
-    }
-    mesh->links_asked--;
-    if (!link->refused) {
-        link->denied_at = 0;
-    }
-    if (link->gone) {
-        unlink_link(link);
-        link_free(link);
-    }
-    judge_next(mesh);
-}
-
+/* The agent's answer about one direction; |link| may be freed by this. */
 static void judge_answer(struct mesh_link *link, const struct meshx_failure *failure,
                          bool allowed, const char *source, const char *destination) {
     struct mesh *mesh = link->mesh;
     struct meshx_failure why;
     if (is_running(mesh) && !link->gone &&
         !mesh_lookup_allowed(mesh, failure, allowed, source, destination, &why)) {
-        link->refused = link->refused || failure == NULL;
-        if (failure == NULL && !link->denied) {
-            tell_denied(link, source, destination);
-        } else if (failure != NULL) {
+        if (failure == NULL) {
+            tell_denied(link, source, destination, NULL,
+                        "a Consul intention, or the default policy,");
+        } else {
             mesh_note_failure(mesh, &why);
             if (why.code != MESHX_EAGENT_ACL) { /* that lasts */
                 mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
@@ -206,7 +207,16 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
                      "%s; a link to it is kept, whatever intentions say", why.text);
         }
     }
-    answered(link);
+    link->asked--;
+    if (link->asked > 0) {
+        return;
+    }
+    mesh->links_asked--;
+    if (link->gone) {
+        unlink_link(link);
+        link_free(link);
+    }
+    judge_next(mesh, false);
 }
 
 static void on_ours(const struct meshx_failure *failure, bool allowed, void *argument) {
@@ -221,69 +231,61 @@ static void on_theirs(const struct meshx_failure *failure, bool allowed, void *a
                  link->mesh->config.values.service_name);
 }
 
-/* Only to learn on which host it is: whose end is its end, too. */
-static void on_instances(const struct meshx_failure *failure,
-                         const struct document_instances *instances, void *argument) {
-    struct mesh_link *link = argument;
-    for (size_t i = 0; failure == NULL && i < instances->count; i++) {
-        const struct document_instance *instance = &instances->items[i];
-        if (instance->node != NULL && strcmp(instance->node, link->node) == 0 &&
-            link->agent_node == NULL) {
-            link->agent_node = strdup(instance->agent_node); /* NULL: next time */
+/* By what we know, else the agent is asked, which needs memory. */
+static void judge_direction(struct mesh_link *link, bool known, const char *source,
+                            const char *destination, consul_allowed_done done) {
+    struct mesh *mesh = link->mesh;
+    const struct document_intention *decides = NULL;
+    switch (known ? mesh_intention_verdict(mesh, source, destination, &decides)
+                  : MESH_VERDICT_ASK) {
+    case MESH_VERDICT_ALLOW:
+        break;
+    case MESH_VERDICT_DENY:
+        tell_denied(link, source, destination, decides, "Consul's default policy");
+        break;
+    case MESH_VERDICT_ASK:
+        if (consul_allowed(mesh->consul, source, destination, done, link) == MESHX_OK) {
+            link->asked++;
+        } else {
+            mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
         }
+        break;
     }
-    if (is_running(link->mesh) && !link->gone) {
-        compare(link);
-    }
-    answered(link);
 }
 
-/* Sends the questions; what there is no memory for is asked later. */
-static void ask(struct mesh_link *link) {
+static void judge(struct mesh_link *link, bool known) {
     struct mesh *mesh = link->mesh;
     const char *ours = mesh->config.values.service_name;
     bool both = !mesh->config.values.dial_direction_only;
-    bool complete = true;
     link->judged = mesh->link_news;
-    link->refused = false;
     if (both || link->dialed) {
-        bool sent = consul_allowed(mesh->consul, ours, link->service_name, on_ours,
-                                   link) == MESHX_OK;
-        link->asked += sent ? 1 : 0;
-        complete = sent;
+        judge_direction(link, known, ours, link->service_name, on_ours);
     }
     if (both || !link->dialed) {
-        bool sent = consul_allowed(mesh->consul, link->service_name, ours, on_theirs,
-                                   link) == MESHX_OK;
-        link->asked += sent ? 1 : 0;
-        complete = complete && sent;
-    }
-    if (link->agent_node == NULL) {
-        bool sent = consul_instances(mesh->consul, CONSUL_HEALTH_SERVICE,
-                                     link->service_name, on_instances, link) == MESHX_OK;
-        link->asked += sent ? 1 : 0;
+        judge_direction(link, known, link->service_name, ours, on_theirs);
     }
     mesh->links_asked += link->asked > 0 ? 1 : 0;
-    if (!complete) {
-        mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
-    }
 }
 
-static void judge_next(struct mesh *mesh) {
+/* |fresh|: what is known is this very moment's. */
+static void judge_next(struct mesh *mesh, bool fresh) {
+    if (mesh_intention_is_coming(mesh)) {
+        return; /* what there is to know makes all be judged */
+    }
     for (struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
         if (mesh->links_asked >= ASKED_MAX || !is_running(mesh)) {
             return;
         }
         if (link->service_name != NULL && !link->gone && link->asked == 0 &&
             link->judged < mesh->link_news) {
-            ask(link);
+            judge(link, fresh || mesh_intention_is_current(mesh));
         }
     }
 }
 
 void mesh_link_judge(struct mesh *mesh) {
     mesh->link_news++;
-    judge_next(mesh);
+    judge_next(mesh, true);
 }
 
 /* ---- up and down ---- */
@@ -317,8 +319,10 @@ void mesh_link_up(struct mesh *mesh, struct mesh_request *request) {
     if (mesh->link_news == 0) {
         mesh->link_news = 1;
     }
+    mesh->intentions.wanted = true;
     mesh_watch_begin(mesh);
-    judge_next(mesh);
+    mesh_link_compare(mesh);
+    judge_next(mesh, false);
 }
 
 void mesh_link_down(struct mesh *mesh, uint64_t id) {

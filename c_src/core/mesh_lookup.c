@@ -3,7 +3,12 @@
  *
  * A connect() to an upstream's port proves nothing (the proxy accepts first, dials
  * later), so the agent is asked first, side by side: is there such a node and is it
- * healthy, and do intentions allow the link?
+ * healthy, and, unless mesh_intention.c knows, do intentions allow the link?
+ *
+ * One node is asked about by its name, and as long as that goes on all others that are
+ * dialed together, by a list of all: a burst costs a few requests, however many nodes
+ * there are. What such a list has nothing against may be dialed; who it has not, or not
+ * as healthy, is asked about by name.
  *
  * Invariant: request->lookups counts the answers to come; each is one call of
  * mesh_upstream_looked_up(), the last thing done with the request.
@@ -50,9 +55,12 @@ static void judge_instances(struct mesh_request *request,
     }
 }
 
+/* ---- one node ---- */
+
 static void on_instances(const struct meshx_failure *failure,
                          const struct document_instances *instances, void *argument) {
     struct mesh_request *request = argument;
+    request->mesh->lone_lookups--;
     if (failure != NULL) {
         request->found = *failure;
         if (request->mesh->state == MESHX_STATE_READY) {
@@ -63,6 +71,108 @@ static void on_instances(const struct meshx_failure *failure,
     }
     mesh_upstream_looked_up(request);
 }
+
+static bool ask_about(struct mesh_request *request) {
+    bool sent =
+        consul_instances(request->mesh->consul, CONSUL_HEALTH_CONNECT,
+                         request->service_name, on_instances, request) == MESHX_OK;
+    request->mesh->lone_lookups += sent ? 1 : 0;
+    return sent;
+}
+
+static void out_of_memory(struct mesh_request *request) {
+    mesh_upstream_out_of_memory(request);
+    mesh_upstream_looked_up(request);
+}
+
+/* ---- many nodes ---- */
+
+bool mesh_lookup_is_sidecar(const char *text, const char *begin) {
+    size_t size = strlen(begin);
+    return text != NULL && strncmp(text, begin, size) == 0 &&
+           strcmp(text + size, "-sidecar-proxy") == 0;
+}
+
+static bool is_host_critical(const struct mesh *mesh, const char *agent_node) {
+    for (size_t i = 0; i < mesh->critical.count; i++) {
+        const struct document_check *check = &mesh->critical.items[i];
+        bool of_host = check->service_id == NULL || check->service_id[0] == '\0';
+        if (of_host && strcmp(check->agent_node, agent_node) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Is its service there once, with a sidecar that passes? */
+static bool is_listed(const struct mesh_request *request,
+                      const struct document_checks *sidecars) {
+    size_t found = 0;
+    bool good = false;
+    for (size_t i = 0; i < sidecars->count; i++) {
+        const struct document_check *sidecar = &sidecars->items[i];
+        if (mesh_lookup_is_sidecar(sidecar->service_name, request->service_name)) {
+            found++;
+            good = sidecar->trouble == NULL &&
+                   mesh_lookup_is_sidecar(sidecar->service_id, request->service_id) &&
+                   !is_host_critical(request->mesh, sidecar->agent_node);
+        }
+    }
+    return found == 1 && good;
+}
+
+static void ask_list(struct mesh *mesh);
+
+/* The end of one request may be the end of others: each time from the beginning. */
+static struct mesh_request *next_listed(const struct mesh *mesh) {
+    struct mesh_request *request = mesh->requests;
+    while (request != NULL && !request->list_asked) {
+        request = request->next;
+    }
+    return request;
+}
+
+static void on_list(const struct meshx_failure *failure, uint64_t index,
+                    struct document_checks *sidecars, void *argument) {
+    struct mesh *mesh = argument;
+    struct mesh_request *request;
+    (void)index;
+    mesh->listing = false;
+    while ((request = next_listed(mesh)) != NULL) {
+        request->list_asked = false;
+        if (request->answered || (failure == NULL && is_listed(request, sidecars))) {
+            mesh_upstream_looked_up(request);
+        } else if (!ask_about(request)) {
+            out_of_memory(request);
+        }
+    }
+    ask_list(mesh);
+}
+
+/* If anyone wants one and none is under way. */
+static void ask_list(struct mesh *mesh) {
+    bool wanted = false;
+    for (struct mesh_request *request = mesh->requests; request != NULL && !mesh->listing;
+         request = request->next) {
+        request->list_asked = request->list_asked || request->list_wanted;
+        request->list_wanted = false;
+        wanted = wanted || request->list_asked;
+    }
+    if (!wanted) {
+        return;
+    }
+    mesh->listing = true;
+    if (consul_sidecars(mesh->consul, on_list, mesh) != MESHX_OK) {
+        mesh->listing = false;
+        struct mesh_request *request;
+        while ((request = next_listed(mesh)) != NULL) {
+            request->list_asked = false;
+            out_of_memory(request);
+        }
+    }
+}
+
+/* ---- intentions ---- */
 
 bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *failure,
                          bool allowed, const char *source, const char *destination,
@@ -113,40 +223,101 @@ static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
                      request->mesh->config.values.service_name);
 }
 
-/* Both directions, since a link carries both ways, or the one in which it is dialed. */
-static int ask_intentions(struct mesh_request *request) {
+/* One direction, by what we know, else by the agent. */
+static bool ask_direction(struct mesh_request *request, const char *source,
+                          const char *destination, consul_allowed_done done) {
     struct mesh *mesh = request->mesh;
+    const struct document_intention *decides = NULL;
+    enum mesh_verdict verdict =
+        mesh_intention_is_current(mesh)
+            ? mesh_intention_verdict(mesh, source, destination, &decides)
+            : MESH_VERDICT_ASK;
+    request->lookups++;
+    if (verdict != MESH_VERDICT_ASK) {
+        done(NULL, verdict == MESH_VERDICT_ALLOW, request);
+        return true;
+    }
+    if (consul_allowed(mesh->consul, source, destination, done, request) != MESHX_OK) {
+        request->lookups--;
+        return false;
+    }
+    return true;
+}
+
+/* Both directions, since a link carries both ways, or the one in which it is dialed. */
+static bool ask_intentions(struct mesh_request *request) {
+    const struct mesh *mesh = request->mesh;
     const char *ours = mesh->config.values.service_name;
     const char *theirs = request->service_name;
     bool both = !mesh->config.values.dial_direction_only;
     bool accepts = request->kind == MESH_REQUEST_ACCEPT;
-    if (both || !accepts) {
-        if (consul_allowed(mesh->consul, ours, theirs, on_allowed, request) != MESHX_OK) {
-            return MESHX_ENOMEM;
-        }
+    return (!(both || !accepts) || ask_direction(request, ours, theirs, on_allowed)) &&
+           (!(both || accepts) || ask_direction(request, theirs, ours, on_allowed_back));
+}
+
+/* All that is to be asked about intentions, at once or when they are known. */
+static void judge_intentions(struct mesh_request *request) {
+    if (mesh_intention_is_coming(request->mesh)) {
+        request->parked = true;
         request->lookups++;
+    } else if (!ask_intentions(request)) {
+        mesh_upstream_out_of_memory(request);
     }
-    if (both || accepts) {
-        if (consul_allowed(mesh->consul, theirs, ours, on_allowed_back, request) !=
-            MESHX_OK) {
-            return MESHX_ENOMEM;
+}
+
+static struct mesh_request *next_parked(const struct mesh *mesh) {
+    struct mesh_request *request = mesh->requests;
+    while (request != NULL && !request->parked) {
+        request = request->next;
+    }
+    return request;
+}
+
+void mesh_lookup_unpark(struct mesh *mesh) {
+    struct mesh_request *request;
+    while (!mesh_intention_is_coming(mesh) && (request = next_parked(mesh)) != NULL) {
+        request->parked = false;
+        if (!request->answered) {
+            judge_intentions(request);
         }
-        request->lookups++;
+        mesh_upstream_looked_up(request);
     }
-    return MESHX_OK;
+}
+
+/* Does another one ask at the same time? */
+static bool is_one_of_many(const struct mesh_request *request) {
+    const struct mesh_request *other = request->mesh->requests;
+    while (other != NULL && (other == request || other->lookups == 0)) {
+        other = other->next;
+    }
+    return other != NULL && !request->mesh->config.values.control_node;
 }
 
 void mesh_lookup(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
-    if (request->kind != MESH_REQUEST_ACCEPT) {
-        if (consul_instances(mesh->consul, CONSUL_HEALTH_CONNECT, request->service_name,
-                             on_instances, request) != MESHX_OK) {
-            mesh_upstream_out_of_memory(request);
-            return;
-        }
-        request->lookups = 1;
+    bool many = is_one_of_many(request);
+    bool listed = many && request->kind == MESH_REQUEST_DIAL &&
+                  (mesh->lone_lookups > 0 || mesh->listing);
+    request->lookups = 1; /* this function itself, since some answers come at once */
+    if (many && !mesh->intentions.wanted) {
+        mesh->intentions.wanted = true;
+        mesh_watch_begin(mesh);
     }
-    if (request->kind != MESH_REQUEST_FIND && ask_intentions(request) != MESHX_OK) {
-        mesh_upstream_out_of_memory(request);
+    if (listed) {
+        request->lookups++;
+        request->list_wanted = true;
+    } else if (request->kind != MESH_REQUEST_ACCEPT) {
+        if (ask_about(request)) {
+            request->lookups++;
+        } else {
+            mesh_upstream_out_of_memory(request);
+        }
+    }
+    if (!request->answered && request->kind != MESH_REQUEST_FIND) {
+        judge_intentions(request);
+    }
+    mesh_upstream_looked_up(request);
+    if (listed) {
+        ask_list(mesh);
     }
 }

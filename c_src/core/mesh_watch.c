@@ -1,12 +1,15 @@
 /*
  * What changes in Consul, by blocking queries. L4, control thread only.
  *
- * Two of them: intentions, while any node is linked, and critical checks, always, because
- * a query that breaks is also the first sign that the agent has gone. The rules of
- * blocking queries hold: an index that goes back begins anew with 0, an answer without
- * one is asked for on a timer, and however often the agent answers, the same query is not
- * sent more than twice a second. A query that fails comes back with jittered back-off;
- * where intentions can't be watched, links are judged anew every few seconds instead
+ * Two of them: changes of intentions, once that is wanted (an agent goes on with a query
+ * for a minute after who asked has gone, so not by nodes that live for a moment), and
+ * critical checks, always, because a query that breaks is also the first sign that the
+ * agent has gone. The rules of blocking queries hold: an index that goes back begins anew
+ * with 0, an answer without one is asked for on a timer, and however often the agent
+ * answers, the same query is not sent more than twice a second, or once in two seconds,
+ * but for the first time. A query that fails comes back with jittered
+ *back-off; where intentions can't be watched, links are judged anew every few seconds
+ *instead
  *.
  */
 #include "error.h"
@@ -15,6 +18,7 @@
 
 /* All in milliseconds. */
 #define INTERVAL 500
+#define INTERVAL_CRITICAL 2000 /* no sooner is it told, and any registration wakes it */
 #define RETRY_MIN 100
 #define RETRY_MAX 1000       /* an agent that has gone may be back any moment */
 #define RETRY_MAX_BUSY 10000 /* one that answers, but not this */
@@ -31,8 +35,18 @@ static bool is_running(const struct mesh *mesh) {
 }
 
 static bool is_wanted(const struct mesh_query *query) {
-    return is_running(query->mesh) &&
-           (query->kind == MESH_QUERY_CRITICAL || mesh_link_any(query->mesh));
+    const struct mesh *mesh = query->mesh;
+    return is_running(mesh) &&
+           (query->kind == MESH_QUERY_CRITICAL || mesh->intentions.wanted);
+}
+
+bool mesh_watch_sees_intentions(const struct mesh *mesh) {
+    return mesh->queries[MESH_QUERY_INTENTIONS].waiting;
+}
+
+bool mesh_watch_begins_intentions(const struct mesh *mesh) {
+    const struct mesh_query *query = &mesh->queries[MESH_QUERY_INTENTIONS];
+    return query->active && query->index == 0 && query->failures == 0 && query->asked;
 }
 
 void mesh_watch_recheck(struct mesh *mesh, uint32_t delay) {
@@ -91,6 +105,9 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
     struct mesh *mesh = query->mesh;
     query->index = 0;
     query->failures++;
+    if (query->kind == MESH_QUERY_INTENTIONS) {
+        mesh->intentions.known = false;
+    }
     if (failure->code == MESHX_EAGENT_UNREACHABLE && mesh->away_since == 0) {
         mesh->away_since = loop_now();
     }
@@ -107,6 +124,9 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
         mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
     }
     ask_later(query, back_off(query, failure->code));
+    if (query->kind == MESH_QUERY_INTENTIONS && !mesh_intention_is_coming(mesh)) {
+        mesh_lookup_unpark(mesh);
+    }
 }
 
 /* ---- answers ---- */
@@ -115,6 +135,8 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
 static bool answered(struct mesh_query *query, const struct meshx_failure *failure,
                      uint64_t index) {
     query->active = false;
+    query->asked = false;
+    query->waiting = false;
     if (!is_running(query->mesh)) {
         return false;
     }
@@ -132,24 +154,22 @@ static bool answered(struct mesh_query *query, const struct meshx_failure *failu
         mesh_log(query->mesh, MESHX_LEVEL_NOTICE, "blocking queries work again");
     }
     bool news = index == 0 || index != query->index;
+    bool first = query->index == 0; /* has told what is, not what has changed */
     uint64_t age = loop_now() - query->asked_at;
+    uint64_t interval = query->kind == MESH_QUERY_CRITICAL ? INTERVAL_CRITICAL : INTERVAL;
     query->failures = 0;
     query->index = index < query->index ? 0 : index;
-    ask_later(query, index == 0       ? MESH_RECHECK_TIME
-                     : age < INTERVAL ? INTERVAL - age
-                                      : 0);
+    ask_later(query, index == 0                 ? MESH_RECHECK_TIME
+                     : age < interval && !first ? interval - age
+                                                : 0);
     return news;
 }
 
 static void on_intentions(const struct meshx_failure *failure, uint64_t index,
-                          struct document_intentions *intentions, void *argument) {
+                          void *argument) {
     struct mesh_query *query = argument;
-    struct mesh *mesh = query->mesh;
     if (answered(query, failure, index)) {
-        struct document_intentions former = mesh->intentions;
-        mesh->intentions = *intentions;
-        *intentions = former;
-        mesh_link_judge(mesh);
+        mesh_intention_refresh(query->mesh);
     }
 }
 
@@ -204,7 +224,6 @@ void mesh_watch_unlinked(struct mesh *mesh) {
 
 static void ask(struct mesh_query *query) {
     struct mesh *mesh = query->mesh;
-    const char *name = mesh->config.values.service_name;
     int code = MESHX_OK;
     query->active = is_wanted(query);
     if (!query->active) {
@@ -213,8 +232,7 @@ static void ask(struct mesh_query *query) {
     query->asked_at = loop_now();
     switch (query->kind) {
     case MESH_QUERY_INTENTIONS:
-        code = consul_watch_intentions(mesh->consul, name, query->index, on_intentions,
-                                       query);
+        code = consul_watch_intentions(mesh->consul, query->index, on_intentions, query);
         break;
     case MESH_QUERY_CRITICAL:
     case MESH_QUERY_COUNT:
@@ -225,6 +243,9 @@ static void ask(struct mesh_query *query) {
         struct meshx_failure failure;
         error_set(&failure, code, "out of memory for a blocking query");
         failed(query, &failure);
+    } else {
+        query->asked = true;
+        query->waiting = query->index > 0;
     }
 }
 
@@ -236,11 +257,12 @@ static void on_recheck(void *argument) {
     struct mesh *mesh = argument;
     bool blind = mesh->queries[MESH_QUERY_INTENTIONS].failures > 0;
     mesh->rechecking = false;
-    if (!is_running(mesh) || !mesh_link_any(mesh)) {
+    bool wanted = mesh_link_any(mesh) || (!blind && !mesh->intentions.known);
+    if (!is_running(mesh) || !wanted) {
         return;
     }
     if (mesh->troubles_logged == 0) {
-        mesh_link_judge(mesh);
+        mesh_intention_refresh(mesh);
     }
     if (blind || mesh->troubles_logged != 0) {
         mesh_watch_recheck(mesh, MESH_RECHECK_TIME);
@@ -276,7 +298,7 @@ void mesh_watch_begin(struct mesh *mesh) {
         }
     }
     if (mesh->queries[MESH_QUERY_INTENTIONS].failures > 0 && mesh_link_any(mesh)) {
-        mesh_watch_recheck(mesh, MESH_RECHECK_TIME); /* it ended with the last link */
+        mesh_watch_recheck(mesh, MESH_RECHECK_TIME); /* they end with the last link */
     }
 }
 
@@ -292,6 +314,6 @@ void mesh_watch_end(struct mesh *mesh) {
 }
 
 void mesh_watch_fini(struct mesh *mesh) {
-    document_intentions_fini(&mesh->intentions);
+    mesh_intention_fini(mesh);
     document_checks_fini(&mesh->critical);
 }

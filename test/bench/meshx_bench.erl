@@ -36,7 +36,7 @@
 -callback derive(measured()) -> measured().
 -optional_callbacks([derive/1]).
 
--define(GROUPS, ["lifecycle", "data", "idle"]).
+-define(GROUPS, ["lifecycle", "data", "idle", "control"]).
 
 -spec main() -> no_return().
 main() ->
@@ -56,9 +56,13 @@ main() ->
     end.
 
 %% An agent serves 200 connections from one address unless told otherwise; group idle has more
-%% than 200 nodes.
+%% than 200 nodes. It keeps its counts of requests only for Prometheus.
 run(Groups) ->
-    Config = meshx_ct:init_suite([], #{config => "limits { http_max_conns_per_client = 2000 }"}),
+    Config = meshx_ct:init_suite([], #{
+        config =>
+            "limits { http_max_conns_per_client = 2000 } "
+            "telemetry { disable_hostname = true prometheus_retention_time = \"1h\" }"
+    }),
     Prepared = meshx_bench_pair:prepare(Config),
     lists:foreach(fun(Group) -> group(Group, Prepared) end, Groups),
     meshx_ct:end_suite(Config).

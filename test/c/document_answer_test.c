@@ -327,11 +327,13 @@ static int checks_parser(const char *body, size_t size, void *out,
 }
 
 static const char real_intentions[] =
-    "[{\"ID\":\"9036e901-2510-bac5-9f6d-c51d3662dba5\",\"Description\":\"\",\"SourceNS\":"
+    "{\"a@h\":[{\"ID\":\"9036e901-2510-bac5-9f6d-c51d3662dba5\",\"Description\":\"\","
+    "\"SourceNS\":"
     "\"default\",\"SourceName\":\"a@h\",\"DestinationNS\":\"default\","
     "\"DestinationName\":"
     "\"*\",\"SourceType\":\"consul\",\"Action\":\"deny\",\"Meta\":{},\"Precedence\":6},"
-    "{\"SourceName\":\"*\",\"DestinationName\":\"b\",\"Permissions\":[]}]";
+    "{\"SourceName\":\"*\",\"DestinationName\":\"b\",\"Permissions\":[]},"
+    "{\"SourceName\":\"c\",\"DestinationName\":\"b\",\"SourcePeer\":\"west\"}]}";
 
 static void intentions(void **state) {
     (void)state;
@@ -339,7 +341,7 @@ static void intentions(void **state) {
     assert_int_equal(parse(intentions_parser, real_intentions, sizeof real_intentions - 1,
                            &found, NULL),
                      MESHX_OK);
-    assert_int_equal(found.count, 2);
+    assert_int_equal(found.count, 3);
     assert_string_equal(found.items[0].id, "9036e901-2510-bac5-9f6d-c51d3662dba5");
     assert_string_equal(found.items[0].source, "a@h");
     assert_string_equal(found.items[0].destination, "*");
@@ -348,18 +350,28 @@ static void intentions(void **state) {
     assert_null(found.items[1].action);
     assert_null(found.items[1].id);
     assert_int_equal(found.items[1].precedence, 0);
+    assert_false(found.items[0].foreign);
+    assert_false(found.items[1].foreign);
+    assert_true(found.items[2].foreign);
     document_intentions_fini(&found);
-    assert_int_equal(parse(intentions_parser, "[]", 2, &found, NULL), MESHX_OK);
+    assert_int_equal(parse(intentions_parser, "{\"a\":[]}", 8, &found, NULL), MESHX_OK);
+    assert_int_equal(found.count, 0);
+    assert_int_equal(parse(intentions_parser, "{\"a\":null}", 10, &found, NULL),
+                     MESHX_OK);
     assert_int_equal(found.count, 0);
     static const char *const cases[][2] = {
         {"", "is not JSON"},
-        {"{}", "the list of intentions should be an array"},
-        {"[1]", "each intention should be an object"},
-        {"[{}]", "SourceName should be a string"},
-        {"[{\"SourceName\":\"a\"}]", "DestinationName should be a string"},
-        {"[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Action\":1}]",
+        {"{}", "the answer should be an object of one list"},
+        {"[]", "the answer should be an object of one list"},
+        {"{\"a\":[],\"b\":[]}", "the answer should be an object of one list"},
+        {"{\"a\":1}", "the list of intentions should be an array"},
+        {"{\"a\":[1]}", "each intention should be an object"},
+        {"{\"a\":[{}]}", "SourceName should be a string"},
+        {"{\"a\":[{\"SourceName\":\"a\"}]}", "DestinationName should be a string"},
+        {"{\"a\":[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Action\":1}]}",
          "Action should be a string"},
-        {"[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Precedence\":\"9\"}]",
+        {"{\"a\":[{\"SourceName\":\"a\",\"DestinationName\":\"b\",\"Precedence\":\"9\"}]"
+         "}",
          "Precedence should be an integer"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -372,7 +384,7 @@ static const char real_checks[] =
     "\"Status\":\"critical\",\"Notes\":\"\",\"Output\":\"Agent not live or unreachable\","
     "\"ServiceID\":\"\",\"ServiceName\":\"\",\"Definition\":{}},"
     "{\"Node\":\"host-b\",\"Name\":\"Erlang VM\",\"Status\":\"critical\","
-    "\"ServiceID\":\"n@h\"}]";
+    "\"ServiceID\":\"n@h\",\"ServiceName\":\"n\"}]";
 
 static void checks(void **state) {
     (void)state;
@@ -385,6 +397,7 @@ static void checks(void **state) {
     assert_string_equal(found.items[0].service_id, "");
     assert_string_equal(found.items[0].trouble, "Agent not live or unreachable");
     assert_string_equal(found.items[1].service_id, "n@h");
+    assert_string_equal(found.items[1].service_name, "n");
     assert_string_equal(found.items[1].trouble, "check \"Erlang VM\" is critical");
     document_checks_fini(&found);
     static const char *const cases[][2] = {
@@ -421,8 +434,8 @@ static void answers_without_memory(void **state) {
         {instances_parser, real_instances, sizeof real_instances - 1, &found, 7},
         {instances_parser, no_output, sizeof no_output - 1, &found, 5},
         {service_parser, service_body, sizeof service_body - 1, &service, 2},
-        {intentions_parser, real_intentions, sizeof real_intentions - 1, &listed, 7},
-        {checks_parser, real_checks, sizeof real_checks - 1, &critical, 7},
+        {intentions_parser, real_intentions, sizeof real_intentions - 1, &listed, 9},
+        {checks_parser, real_checks, sizeof real_checks - 1, &critical, 9},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         unsigned nth = 1;
