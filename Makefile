@@ -181,6 +181,11 @@ chaos: deps consul ## faults for MINUTES=10 and many cycles; GROUPS="cycles faul
 	@$(MAKE) all
 	@MESHX_CONSUL=$$(.ci/consul --path) test/chaos/run $(GROUPS)
 
+otp-suites: deps consul ## OTP's own suites of what crosses nodes, with inet_tcp and with us; SUITE="rpc pg" for some (test/otp_suites/run)
+	@.ci/deps erlang-os-mon
+	@$(MAKE) all
+	@MESHX_CONSUL=$$(.ci/consul --path) test/otp_suites/run $(SUITE)
+
 clean: clean-native ## remove what was built; keeps _build/consul, _build/debian and dialyzer's _build/plt
 	@find _build -mindepth 1 -maxdepth 1 ! -name consul ! -name debian ! -name plt -exec rm -rf {} +
 clean-native:
@@ -188,4 +193,4 @@ clean-native:
 help:
 	@sed -nE 's/^([a-z%-]+)[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct test-otp test-otp-sid deps consul demo bench bench-chart chaos clean clean-native help
+.PHONY: all native test steps fuzz ct-asan lint $(LINT) check-layers ct test-otp test-otp-sid deps consul demo bench bench-chart chaos otp-suites clean clean-native help

@@ -244,9 +244,11 @@ int meshx_mesh_open(struct meshx_loop *loop, const struct meshx_config *config,
 /* What to find out: whether our sidecar accepts, the node exists, is healthy, and
  * allowed. */
 enum meshx_upstream_mode {
-    MESHX_UPSTREAM_DIAL, /* and then make sure that the sidecar has an upstream */
-    MESHX_UPSTREAM_ASK,  /* no more than that */
-    MESHX_UPSTREAM_FIND, /* only whether it is registered, healthy or not */
+    MESHX_UPSTREAM_DIAL,   /* and then make sure that the sidecar has an upstream */
+    MESHX_UPSTREAM_REDIAL, /* the same, and whether the node's sidecar is still there:
+                            * when a connection was closed before anything came back */
+    MESHX_UPSTREAM_ASK,    /* no more than that */
+    MESHX_UPSTREAM_FIND,   /* only whether it is registered, healthy or not */
 };
 
 /*

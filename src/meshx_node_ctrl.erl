@@ -119,7 +119,7 @@ call(Controller, Request) ->
 -spec init_dialled(pid(), node(), integer()) -> no_return() | ok.
 init_dialled(Supervisor, Node, Deadline) ->
     SetupTime = time_left(Deadline),
-    case connect(Node, Deadline, ?DIAL_PAUSE) of
+    case connect(Node, dial, Deadline, ?DIAL_PAUSE) of
         {ok, Link, Upstream} ->
             Supervisor ! {self(), {ok, self()}},
             %% Supervisor resets its timer now.
@@ -139,8 +139,8 @@ init_dialled(Supervisor, Node, Deadline) ->
 %% Asks the mesh and connects to the sidecar. The sidecar opens a new upstream's port some
 %% milliseconds after the agent knows it, one that something else runs may be about to start:
 %% refused is "not yet".
-connect(Node, Deadline, Pause) ->
-    case meshx_node_mesh:upstream(Node, dial) of
+connect(Node, Mode, Deadline, Pause) ->
+    case meshx_node_mesh:upstream(Node, Mode) of
         {ok, Upstream} ->
             connect_upstream(Upstream, Deadline, Pause);
         {error, Failure} ->
@@ -358,7 +358,7 @@ dial_again(#handshake{link = Old, node = Node, deadline = Deadline, pause = Paus
     meshx_node_nif:close(Old),
     case pause(Pause, Deadline) of
         ok ->
-            case connect(Node, Deadline, Pause) of
+            case connect(Node, redial, Deadline, Pause) of
                 {ok, Link, Upstream} ->
                     [_ = write_packet(Link, Packet) || Packet <- lists:reverse(S#handshake.sent)],
                     receive_packet(

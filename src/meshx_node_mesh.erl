@@ -117,10 +117,12 @@ drain() ->
         exit:_ -> ok
     end.
 
-%% Where to dial Node (`dial'), or only whether it could be (`ask'). A failure names its reason.
+%% Where to dial Node (`dial'; `redial' when it has closed a connection before a word), or only whether
+%% it could be (`ask'). A failure names its reason.
 %% Of a node with a static address nothing is asked: whether it is there and may be dialled, only
 %% the owner of that address knows.
--spec upstream(node(), dial | ask) -> {ok, upstream()} | {error, meshx_node_nif:failure()}.
+-spec upstream(node(), dial | redial | ask) ->
+    {ok, upstream()} | {error, meshx_node_nif:failure()}.
 upstream(Node, Mode) ->
     case meshx_node_dist:is_node_name(Node) of
         %% The C side keeps request_timeout.

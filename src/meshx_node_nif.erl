@@ -212,7 +212,7 @@ when
     Node :: binary(),
     ServiceId :: binary(),
     ServiceName :: binary(),
-    Mode :: dial | ask | find | {accept, Socket :: non_neg_integer()}.
+    Mode :: dial | redial | ask | find | {accept, Socket :: non_neg_integer()}.
 mesh_upstream(Mesh, Request, Node, ServiceId, ServiceName, Mode) ->
     load_and_call(?FUNCTION_NAME, [Mesh, Request, Node, ServiceId, ServiceName, Mode]).
 

@@ -58,8 +58,10 @@ struct document_instance {
     char *node;       /* Service.Meta.node, NULL if it has none: then not one of ours */
     char *service_id; /* Service.ID */
     char *agent_node; /* Node.Node: the Consul node it is registered at */
-    bool passing;     /* all its checks pass */
-    char *trouble;    /* output of the first check that does not pass, or NULL */
+    char *address; /* where it is reached: Service.Address, else Node.Address, or NULL */
+    uint16_t port; /* 0: none */
+    bool passing;  /* all its checks pass */
+    char *trouble; /* output of the first check that does not pass, or NULL */
 };
 
 struct document_instances {

@@ -84,6 +84,19 @@ static int get_string(json_t *object, const char *key, enum presence presence, c
     return result == MESHX_OK ? copy_string(value, out, failure) : result;
 }
 
+/* Port number |key| of |object|; 0 if it is missing and OPTIONAL. */
+static int get_port(json_t *object, const char *key, enum presence presence,
+                    uint16_t *out, struct meshx_failure *failure) {
+    json_t *port = NULL;
+    int result = get(object, key, JSON_INTEGER, presence, &port, failure);
+    json_int_t number = json_integer_value(port); /* 0 for NULL */
+    if (result == MESHX_OK && (number < 0 || number > UINT16_MAX)) {
+        return answer_failure(failure, key, "0 to 65535", port);
+    }
+    *out = (uint16_t)number;
+    return result;
+}
+
 /* The node name in the Meta of |service|: NULL if there is none. */
 static int get_node(json_t *service, char **out, struct meshx_failure *failure) {
     json_t *meta = NULL;
@@ -194,6 +207,14 @@ static int read_instance(json_t *entry, void *item, struct meshx_failure *failur
     if (result == MESHX_OK) {
         result = get_node(service, &out->node, failure);
     }
+    if (result == MESHX_OK) {
+        result = get_port(service, "Port", OPTIONAL, &out->port, failure);
+    }
+    if (result == MESHX_OK) {
+        bool own = json_string_length(json_object_get(service, "Address")) > 0;
+        result = get_string(own ? service : agent, "Address", OPTIONAL, &out->address,
+                            failure);
+    }
     for (size_t i = 0;
          i < json_array_size(checks) && result == MESHX_OK && out->trouble == NULL; i++) {
         result = read_check(json_array_get(checks, i), &out->trouble, failure);
@@ -220,23 +241,11 @@ void document_instances_fini(struct document_instances *instances) {
         free(instances->items[i].node);
         free(instances->items[i].service_id);
         free(instances->items[i].agent_node);
+        free(instances->items[i].address);
         free(instances->items[i].trouble);
     }
     free(instances->items);
     *instances = (struct document_instances){0};
-}
-
-/* Port number |key| of |object|; 0 if it is missing and OPTIONAL. */
-static int get_port(json_t *object, const char *key, enum presence presence,
-                    uint16_t *out, struct meshx_failure *failure) {
-    json_t *port = NULL;
-    int result = get(object, key, JSON_INTEGER, presence, &port, failure);
-    json_int_t number = json_integer_value(port); /* 0 for NULL */
-    if (result == MESHX_OK && (number < 0 || number > UINT16_MAX)) {
-        return answer_failure(failure, key, "0 to 65535", port);
-    }
-    *out = (uint16_t)number;
-    return result;
 }
 
 int document_parse_service(const char *body, size_t size, struct document_service *out,

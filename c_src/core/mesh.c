@@ -115,6 +115,7 @@ struct mesh_request *mesh_request_new(enum mesh_request_kind kind, uint64_t id,
 }
 
 void mesh_request_free(struct mesh_request *request) {
+    probe_cancel(request->probe);
     free(request->node);
     free(request->service_id);
     free(request->service_name);
@@ -482,6 +483,7 @@ int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *n
                         enum meshx_upstream_mode mode) {
     static const enum mesh_request_kind kinds[] = {
         [MESHX_UPSTREAM_DIAL] = MESH_REQUEST_DIAL,
+        [MESHX_UPSTREAM_REDIAL] = MESH_REQUEST_DIAL,
         [MESHX_UPSTREAM_ASK] = MESH_REQUEST_ASK,
         [MESHX_UPSTREAM_FIND] = MESH_REQUEST_FIND};
     struct mesh_request *made =
@@ -489,6 +491,9 @@ int meshx_mesh_upstream(struct meshx_mesh *mesh, uint64_t request, const char *n
     if (made != NULL && (made->service_id = strdup(service_id)) == NULL) {
         mesh_request_free(made);
         made = NULL;
+    }
+    if (made != NULL) {
+        made->again = mode == MESHX_UPSTREAM_REDIAL;
     }
     return leave_request(mesh, made);
 }

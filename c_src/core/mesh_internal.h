@@ -67,6 +67,7 @@ struct mesh_request {
     char *service_id; /* DIAL, ASK and FIND, else NULL */
     char *service_name;
     bool dialed;     /* LINK_UP */
+    bool again;      /* DIAL: a connection was closed before anything came back */
     uint32_t socket; /* ACCEPT: inode of the connection's other end; 0: not known */
     /* From here on used by mesh_upstream.c, control thread only. */
     struct mesh *mesh;
@@ -81,6 +82,7 @@ struct mesh_request {
     unsigned unknown;             /* looks in a row that did not tell whose that is */
     unsigned moves;               /* of its upstream, to ports nobody else has */
     struct mesh_proxy *proxy;     /* waits until this one accepts; NULL: does not */
+    struct probe *probe;          /* of the node's sidecar; counts as a lookup */
     struct meshx_failure found;   /* what the lookup of instances says */
     struct meshx_failure allowed; /* what the lookups of intentions say */
 };

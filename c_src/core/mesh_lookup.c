@@ -55,6 +55,41 @@ static void judge_instances(struct mesh_request *request,
     }
 }
 
+/* ---- is it still there? ---- */
+
+static void on_probed(enum probe_answer answer, void *argument) {
+    struct mesh_request *request = argument;
+    request->probe = NULL;
+    if (answer != PROBE_REFUSES) {
+        request->found.code = MESHX_OK;
+    }
+    mesh_upstream_looked_up(request);
+}
+
+/* Of a node that has just ended without a word the checks pass until their TTL is over.
+ * Our sidecar accepts and closes then, as it does while the node's listener is busy: what
+ * tells them apart is whether anything listens where the node's sidecar should. True if
+ * on_probed() follows; until then |found| has the failure that it may clear. */
+static bool probe_sidecar(struct mesh_request *request,
+                          const struct document_instances *instances) {
+    const struct document_instance *instance = instances->items;
+    while (instance->node == NULL || strcmp(instance->node, request->node) != 0 ||
+           !instance->passing) {
+        instance++; /* judge_instances() has seen one */
+    }
+    if (instance->address == NULL || instance->port == 0 ||
+        probe_start(request->mesh->loop, PROBE_CONNECT, instance->address, instance->port,
+                    0, 0, on_probed, request, &request->probe) != MESHX_OK) {
+        return false;
+    }
+    error_set(
+        &request->found, MESHX_ENODE_UNHEALTHY,
+        "%s is registered in Consul (service %s), but nothing listens at %s:%u, where "
+        "its sidecar should: has it ended just now?",
+        request->node, request->service_name, instance->address, instance->port);
+    return true;
+}
+
 /* ---- one node ---- */
 
 static void on_instances(const struct meshx_failure *failure,
@@ -68,6 +103,10 @@ static void on_instances(const struct meshx_failure *failure,
         }
     } else {
         judge_instances(request, instances);
+        if (request->again && request->found.code == MESHX_OK &&
+            probe_sidecar(request, instances)) {
+            return;
+        }
     }
     mesh_upstream_looked_up(request);
 }
@@ -223,13 +262,14 @@ static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
                      request->mesh->config.values.service_name);
 }
 
-/* One direction, by what we know, else by the agent. */
+/* One direction, by what we know, else by the agent. Who only asks wants to know how it is
+ * now: of a change that was made a moment ago we may not have been told. */
 static bool ask_direction(struct mesh_request *request, const char *source,
                           const char *destination, consul_allowed_done done) {
     struct mesh *mesh = request->mesh;
     const struct document_intention *decides = NULL;
     enum mesh_verdict verdict =
-        mesh_intention_is_current(mesh)
+        request->kind != MESH_REQUEST_ASK && mesh_intention_is_current(mesh)
             ? mesh_intention_verdict(mesh, source, destination, &decides)
             : MESH_VERDICT_ASK;
     request->lookups++;

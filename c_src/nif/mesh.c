@@ -379,11 +379,14 @@ static enum meshx_upstream_mode upstream_mode(ERL_NIF_TERM mode) {
     if (enif_is_identical(mode, am_find)) {
         return MESHX_UPSTREAM_FIND;
     }
+    if (enif_is_identical(mode, am_redial)) {
+        return MESHX_UPSTREAM_REDIAL;
+    }
     return enif_is_identical(mode, am_ask) ? MESHX_UPSTREAM_ASK : MESHX_UPSTREAM_DIAL;
 }
 
 /* mesh_upstream(Mesh, Request, Node, ServiceId, ServiceName,
- *     dial | ask | find | {accept, Socket}) -> ok | {error, Code} */
+ *     dial | redial | ask | find | {accept, Socket}) -> ok | {error, Code} */
 ERL_NIF_TERM nif_mesh_upstream(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct mesh *mesh = mesh_get(env, argv[0]);
     ErlNifUInt64 request;

@@ -16,7 +16,7 @@
     X(error) X(failed) X(false) X(find) X(force_registration) X(guard_path) X(handshake) X(info) \
     X(ipv6_v6only) X(keepalive) X(last_failure) X(listen_address) X(listen_port) \
     X(log) X(meshx_event) X(more) X(node) X(nodelay) X(none) X(notice) X(ok) X(output) X(own) X(port) \
-    X(priority) X(ready) X(recbuf) X(registered) X(registrations) X(repairs) \
+    X(priority) X(ready) X(recbuf) X(redial) X(registered) X(registrations) X(repairs) \
     X(request_failures) X(request_timeout) X(requests) X(reuseaddr) X(service_id) \
     X(service_name) X(service_template) X(sidecar) X(sidecar_accepts) X(sidecar_address) \
     X(sidecar_command) X(sidecar_environment) X(sidecar_pid) X(sidecar_port) \

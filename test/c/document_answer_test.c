@@ -66,11 +66,15 @@ static void instances(void **state) {
     assert_string_equal(found.items[0].node, "node1@a");
     assert_string_equal(found.items[0].service_id, "node1@a-sidecar-proxy");
     assert_string_equal(found.items[0].agent_node, "host-a");
+    assert_string_equal(found.items[0].address, "127.0.0.1");
+    assert_int_equal(found.items[0].port, 21500);
     assert_true(found.items[0].passing);
     assert_null(found.items[0].trouble);
     assert_null(found.items[1].node);
     assert_string_equal(found.items[1].service_id, "other");
     assert_string_equal(found.items[1].agent_node, "host-b");
+    assert_null(found.items[1].address);
+    assert_int_equal(found.items[1].port, 0);
     assert_false(found.items[1].passing);
     assert_string_equal(found.items[1].trouble, "TTL expired");
     document_instances_fini(&found);
@@ -431,7 +435,7 @@ static void answers_without_memory(void **state) {
         void *out;
         unsigned allocations;
     } cases[] = {
-        {instances_parser, real_instances, sizeof real_instances - 1, &found, 7},
+        {instances_parser, real_instances, sizeof real_instances - 1, &found, 8},
         {instances_parser, no_output, sizeof no_output - 1, &found, 5},
         {service_parser, service_body, sizeof service_body - 1, &service, 2},
         {intentions_parser, real_intentions, sizeof real_intentions - 1, &listed, 9},

@@ -150,6 +150,11 @@ static void each_refusal_says_why_and_leaves_no_upstream(void **state) {
     assert_int_equal(
         node_upstream(node, "guarded@test", "guarded@test", MESHX_UPSTREAM_DIAL)->code,
         MESHX_OK);
+    /* Its checks pass, but it has no sidecar that runs. */
+    const struct node_event *answer =
+        node_upstream(node, "guarded@test", "guarded@test", MESHX_UPSTREAM_REDIAL);
+    assert_int_equal(answer->code, MESHX_ENODE_UNHEALTHY);
+    assert_non_null(strstr(answer->text, "nothing listens at "));
     deregister_other("sick@test");
     deregister_other("pair-a");
     deregister_other("pair-b");

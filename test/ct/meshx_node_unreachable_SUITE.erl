@@ -10,6 +10,7 @@ all() ->
     [
         unknown_node,
         unhealthy_node,
+        killed_node,
         wrong_cookie,
         not_a_node,
         sidecar_killed_and_restarted,
@@ -73,6 +74,20 @@ unhealthy_node(Config) ->
     meshx_ct:failed_connect(A, Sick, ["no link to sick@.* not healthy: .*"]),
     ?assertEqual(Before, upstreams(A)),
     {200, _} = meshx_ct_agent:request(Agent, "PUT", ["/v1/agent/service/deregister/", uri_string:quote(Id)], <<>>).
+
+%% Its checks pass until their TTL is over; that nothing listens there any more says more. Else a
+%% message to it would wait for the whole setup time.
+killed_node(Config) ->
+    {A, _, _} = actors(Config),
+    Killed = meshx_ct:start(Config, killed, #{}),
+    ?assert(meshx_ct:connect(A, Killed)),
+    Sidecar = meshx_ct:sidecar(Killed),
+    meshx_ct:kill(Killed),
+    meshx_ct:wait("the end of its sidecar", fun() -> not meshx_ct_proc:is_alive(Sidecar) end),
+    meshx_ct:wait("nodedown", fun() ->
+        not lists:member(maps:get(node, Killed), meshx_ct:call(A, erlang, nodes, []))
+    end),
+    meshx_ct:failed_connect(A, Killed, "no link to killed@.*nothing listens at .*sidecar").
 
 wrong_cookie(Config) ->
     {A, _, _} = actors(Config),
