@@ -336,7 +336,7 @@ static bool is_one_of_many(const struct mesh_request *request) {
 void mesh_lookup(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     bool many = is_one_of_many(request);
-    bool listed = many && request->kind == MESH_REQUEST_DIAL &&
+    bool listed = many && request->kind == MESH_REQUEST_DIAL && !request->again &&
                   (mesh->lone_lookups > 0 || mesh->listing);
     request->lookups = 1; /* this function itself, since some answers come at once */
     if (many && !mesh->intentions.wanted) {
