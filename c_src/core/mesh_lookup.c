@@ -262,8 +262,8 @@ static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
                      request->mesh->config.values.service_name);
 }
 
-/* One direction, by what we know, else by the agent. Who only asks wants to know how it is
- * now: of a change that was made a moment ago we may not have been told. */
+/* One direction, by what we know, else by the agent. Who only asks wants to know how it
+ * is now: of a change that was made a moment ago we may not have been told. */
 static bool ask_direction(struct mesh_request *request, const char *source,
                           const char *destination, consul_allowed_done done) {
     struct mesh *mesh = request->mesh;
