@@ -210,13 +210,14 @@ handshakes_are_begun_and_left(Config) ->
 %% While the agent is silent, so many questions wait for it and no more. What else is asked is none
 %% of these.
 questions_of_accepted_connections_are_bounded(Config) ->
-    A = proplists:get_value(a, Config),
+    %% A node that has a link knows the intentions, and needs not ask.
+    Unlinked = meshx_ct:start(Config, unlinked, apart()),
     #{node := NameB} = proplists:get_value(b, Config),
     #{process := Agent} = proplists:get_value(agent, Config),
-    Waiting = fun(Askers) -> length([Pid || Pid <- Askers, meshx_ct:call(A, erlang, is_process_alive, [Pid])]) end,
+    Waiting = fun(Askers) -> length([Pid || Pid <- Askers, meshx_ct:call(Unlinked, erlang, is_process_alive, [Pid])]) end,
     meshx_ct_proc:signal(Agent, "STOP"),
-    Accepts = meshx_ct:call(A, ?MODULE, ask, [NameB, {accept, 0}, ?ACCEPTS_MAX + 100]),
-    Others = meshx_ct:call(A, ?MODULE, ask, [NameB, ask, 100]),
+    Accepts = meshx_ct:call(Unlinked, ?MODULE, ask, [NameB, {accept, 0}, ?ACCEPTS_MAX + 100]),
+    Others = meshx_ct:call(Unlinked, ?MODULE, ask, [NameB, ask, 100]),
     try
         meshx_ct:wait("the refusals", fun() -> Waiting(Accepts) =:= ?ACCEPTS_MAX end),
         ?assertEqual(100, Waiting(Others))
@@ -224,7 +225,7 @@ questions_of_accepted_connections_are_bounded(Config) ->
         meshx_ct_proc:signal(Agent, "CONT")
     end,
     meshx_ct:wait("the answers", fun() -> Waiting(Accepts ++ Others) =:= 0 end),
-    Again = meshx_ct:call(A, ?MODULE, ask, [NameB, {accept, 0}, 1]),
+    Again = meshx_ct:call(Unlinked, ?MODULE, ask, [NameB, {accept, 0}, 1]),
     meshx_ct:wait("an answer", fun() -> Waiting(Again) =:= 0 end).
 
 ask(Node, Mode, Count) ->
