@@ -380,10 +380,11 @@ static int ask(struct consul *consul, const struct call *model,
         build_path(question, &path) != MESHX_OK) {
         goto fail;
     }
-    bool waits = question->index != NULL;
+    bool watches = question->index != NULL;
+    bool waits = watches && *question->index > 0; /* else it is answered at once */
     struct http_request request = {question->method, buf_text(&path), question->body,
                                    consul->timeout + (waits ? WAIT * 1000 / 16 * 17 : 0)};
-    if (http_send(waits ? consul->waiting : consul->http, &request, on_answer, call) !=
+    if (http_send(watches ? consul->waiting : consul->http, &request, on_answer, call) !=
         MESHX_OK) {
         goto fail;
     }

@@ -471,6 +471,8 @@ void mesh_link_down(struct mesh *mesh, uint64_t id);
 bool mesh_link_any(const struct mesh *mesh);
 /* Judges all links anew. */
 void mesh_link_judge(struct mesh *mesh);
+/* Is the agent of that Consul node itself in trouble? */
+bool mesh_link_is_host_critical(const struct mesh *mesh, const char *agent_node);
 /* |mesh->critical| has changed. */
 void mesh_link_compare(struct mesh *mesh);
 void mesh_link_notice(struct mesh *mesh);

@@ -47,16 +47,25 @@ static bool is_of_host(const struct document_check *check) {
     return check->service_id == NULL || check->service_id[0] == '\0';
 }
 
+bool mesh_link_is_host_critical(const struct mesh *mesh, const char *agent_node) {
+    for (size_t i = 0; i < mesh->critical.count; i++) {
+        const struct document_check *check = &mesh->critical.items[i];
+        if (is_of_host(check) && strcmp(check->agent_node, agent_node) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Is |check| one of the node's own two, or that of the host it is on? */
 static bool concerns(const struct document_check *check, const struct mesh_link *link) {
-    size_t size = strlen(link->node);
-    const char *id = check->service_id;
+    const char *name = check->service_name;
     if (is_of_host(check)) {
         return link->agent_node != NULL &&
                strcmp(check->agent_node, link->agent_node) == 0;
     }
-    return strncmp(id, link->node, size) == 0 &&
-           (id[size] == '\0' || strcmp(id + size, "-sidecar-proxy") == 0);
+    return name != NULL && (strcmp(name, link->service_name) == 0 ||
+                            mesh_lookup_is_sidecar(name, link->service_name));
 }
 
 static void compare(struct mesh_link *link) {
@@ -86,6 +95,21 @@ static void compare_all(struct mesh *mesh) {
     }
 }
 
+/* On which host a node is. It may still be listed on the one it has left, because that
+ * has failed. */
+static const char *find_host(const struct mesh *mesh, const char *service_name,
+                             const struct document_checks *sidecars) {
+    const char *host = NULL;
+    for (size_t i = 0; i < sidecars->count; i++) {
+        const struct document_check *sidecar = &sidecars->items[i];
+        if (mesh_lookup_is_sidecar(sidecar->service_name, service_name) &&
+            (host == NULL || mesh_link_is_host_critical(mesh, host))) {
+            host = sidecar->agent_node;
+        }
+    }
+    return host;
+}
+
 static void on_sidecars(const struct meshx_failure *failure, uint64_t index,
                         struct document_checks *sidecars, void *argument) {
     struct mesh *mesh = argument;
@@ -93,12 +117,11 @@ static void on_sidecars(const struct meshx_failure *failure, uint64_t index,
     mesh->hosts_asked = false;
     for (struct mesh_link *link = mesh->links; failure == NULL && link != NULL;
          link = link->next) {
-        for (size_t i = 0; i < sidecars->count && link->agent_node == NULL; i++) {
-            const struct document_check *sidecar = &sidecars->items[i];
-            if (link->service_name != NULL &&
-                mesh_lookup_is_sidecar(sidecar->service_name, link->service_name)) {
-                link->agent_node = strdup(sidecar->agent_node); /* NULL: next time */
-            }
+        const char *host = link->service_name == NULL || link->agent_node != NULL
+                               ? NULL
+                               : find_host(mesh, link->service_name, sidecars);
+        if (host != NULL) {
+            link->agent_node = strdup(host); /* NULL: next time */
         }
     }
     if (is_running(mesh)) {
@@ -120,6 +143,9 @@ static bool is_host_unknown(const struct mesh *mesh) {
 }
 
 void mesh_link_compare(struct mesh *mesh) {
+    if (!is_running(mesh)) {
+        return;
+    }
     compare_all(mesh);
     if (!mesh->hosts_asked && is_host_unknown(mesh)) {
         mesh->hosts_asked = consul_sidecars(mesh->consul, on_sidecars, mesh) == MESHX_OK;
@@ -193,7 +219,10 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
     if (is_running(mesh) && !link->gone &&
         !mesh_lookup_allowed(mesh, failure, allowed, source, destination, &why)) {
         if (failure == NULL) {
-            tell_denied(link, source, destination, NULL,
+            const struct document_intention *decides = NULL;
+            bool same = mesh_intention_verdict(mesh, source, destination, &decides) ==
+                        MESH_VERDICT_DENY;
+            tell_denied(link, source, destination, same ? decides : NULL,
                         "a Consul intention, or the default policy,");
         } else {
             mesh_note_failure(mesh, &why);
@@ -231,13 +260,17 @@ static void on_theirs(const struct meshx_failure *failure, bool allowed, void *a
                  link->mesh->config.values.service_name);
 }
 
-/* By what we know, else the agent is asked, which needs memory. */
-static void judge_direction(struct mesh_link *link, bool known, const char *source,
+/* By what we know, else the agent is asked, which needs memory. What is not |fresh| may
+ * have changed a moment ago, so that a denial would be for good what was over already. */
+static void judge_direction(struct mesh_link *link, bool fresh, const char *source,
                             const char *destination, consul_allowed_done done) {
     struct mesh *mesh = link->mesh;
     const struct document_intention *decides = NULL;
-    switch (known ? mesh_intention_verdict(mesh, source, destination, &decides)
-                  : MESH_VERDICT_ASK) {
+    enum mesh_verdict verdict =
+        fresh || mesh_intention_is_current(mesh)
+            ? mesh_intention_verdict(mesh, source, destination, &decides)
+            : MESH_VERDICT_ASK;
+    switch (verdict == MESH_VERDICT_DENY && !fresh ? MESH_VERDICT_ASK : verdict) {
     case MESH_VERDICT_ALLOW:
         break;
     case MESH_VERDICT_DENY:
@@ -253,16 +286,16 @@ static void judge_direction(struct mesh_link *link, bool known, const char *sour
     }
 }
 
-static void judge(struct mesh_link *link, bool known) {
+static void judge(struct mesh_link *link, bool fresh) {
     struct mesh *mesh = link->mesh;
     const char *ours = mesh->config.values.service_name;
     bool both = !mesh->config.values.dial_direction_only;
     link->judged = mesh->link_news;
     if (both || link->dialed) {
-        judge_direction(link, known, ours, link->service_name, on_ours);
+        judge_direction(link, fresh, ours, link->service_name, on_ours);
     }
     if (both || !link->dialed) {
-        judge_direction(link, known, link->service_name, ours, on_theirs);
+        judge_direction(link, fresh, link->service_name, ours, on_theirs);
     }
     mesh->links_asked += link->asked > 0 ? 1 : 0;
 }
@@ -278,7 +311,7 @@ static void judge_next(struct mesh *mesh, bool fresh) {
         }
         if (link->service_name != NULL && !link->gone && link->asked == 0 &&
             link->judged < mesh->link_news) {
-            judge(link, fresh || mesh_intention_is_current(mesh));
+            judge(link, fresh);
         }
     }
 }

@@ -132,17 +132,6 @@ bool mesh_lookup_is_sidecar(const char *text, const char *begin) {
            strcmp(text + size, "-sidecar-proxy") == 0;
 }
 
-static bool is_host_critical(const struct mesh *mesh, const char *agent_node) {
-    for (size_t i = 0; i < mesh->critical.count; i++) {
-        const struct document_check *check = &mesh->critical.items[i];
-        bool of_host = check->service_id == NULL || check->service_id[0] == '\0';
-        if (of_host && strcmp(check->agent_node, agent_node) == 0) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* Is its service there once, with a sidecar that passes? */
 static bool is_listed(const struct mesh_request *request,
                       const struct document_checks *sidecars) {
@@ -154,7 +143,7 @@ static bool is_listed(const struct mesh_request *request,
             found++;
             good = sidecar->trouble == NULL &&
                    mesh_lookup_is_sidecar(sidecar->service_id, request->service_id) &&
-                   !is_host_critical(request->mesh, sidecar->agent_node);
+                   !mesh_link_is_host_critical(request->mesh, sidecar->agent_node);
         }
     }
     return found == 1 && good;
@@ -262,19 +251,17 @@ static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
                      request->mesh->config.values.service_name);
 }
 
-/* One direction, by what we know, else by the agent. Who only asks wants to know how it
- * is now: of a change that was made a moment ago we may not have been told. */
+/* One direction. What we know saves the question if it allows it; a denial may have been
+ * taken back a moment ago, and who only asks wants to know how it is now. */
 static bool ask_direction(struct mesh_request *request, const char *source,
                           const char *destination, consul_allowed_done done) {
     struct mesh *mesh = request->mesh;
     const struct document_intention *decides = NULL;
-    enum mesh_verdict verdict =
-        request->kind != MESH_REQUEST_ASK && mesh_intention_is_current(mesh)
-            ? mesh_intention_verdict(mesh, source, destination, &decides)
-            : MESH_VERDICT_ASK;
     request->lookups++;
-    if (verdict != MESH_VERDICT_ASK) {
-        done(NULL, verdict == MESH_VERDICT_ALLOW, request);
+    if (request->kind != MESH_REQUEST_ASK && mesh_intention_is_current(mesh) &&
+        mesh_intention_verdict(mesh, source, destination, &decides) ==
+            MESH_VERDICT_ALLOW) {
+        done(NULL, true, request);
         return true;
     }
     if (consul_allowed(mesh->consul, source, destination, done, request) != MESHX_OK) {
@@ -297,7 +284,7 @@ static bool ask_intentions(struct mesh_request *request) {
 
 /* All that is to be asked about intentions, at once or when they are known. */
 static void judge_intentions(struct mesh_request *request) {
-    if (mesh_intention_is_coming(request->mesh)) {
+    if (request->kind != MESH_REQUEST_ASK && mesh_intention_is_coming(request->mesh)) {
         request->parked = true;
         request->lookups++;
     } else if (!ask_intentions(request)) {

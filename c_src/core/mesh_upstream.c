@@ -255,6 +255,9 @@ static bool at_port(uint16_t port, struct sock_address *address) {
 static enum listener_owner owner_of(const struct mesh *mesh,
                                     struct mesh_upstream *upstream) {
     struct sock_address address;
+    if (mesh->sidecar != NULL && mesh->sidecar_pid == 0) {
+        return LISTENER_NOBODY; /* nobody who counts: it is just being started again */
+    }
     return mesh->sidecar != NULL && at_port(upstream->port, &address)
                ? listener_owner(&address, (pid_t)mesh->sidecar_pid, &upstream->socket)
                : LISTENER_UNKNOWN; /* we don't know its process */

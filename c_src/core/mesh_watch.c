@@ -257,11 +257,11 @@ static void on_recheck(void *argument) {
     struct mesh *mesh = argument;
     bool blind = mesh->queries[MESH_QUERY_INTENTIONS].failures > 0;
     mesh->rechecking = false;
-    bool wanted = mesh_link_any(mesh) || (!blind && !mesh->intentions.known);
-    if (!is_running(mesh) || !wanted) {
+    if (!is_running(mesh) || !mesh_link_any(mesh)) {
         return;
     }
-    if (mesh->troubles_logged == 0) {
+    /* Answers under way are not asked for again, else slow ones would never count. */
+    if (mesh->troubles_logged == 0 && mesh->intentions.pending == 0) {
         mesh_intention_refresh(mesh);
     }
     if (blind || mesh->troubles_logged != 0) {

@@ -41,7 +41,7 @@ static void await_requests(struct node *node, uint64_t more) {
     }
 }
 
-/* Asked by a dial, which knows of no change later than links do. */
+/* Until the agent allows a link. */
 static void await_allowed(struct node *node, const char *other) {
     while (node_upstream(node, other, other, MESHX_UPSTREAM_ASK)->code != MESHX_OK) {
         node_pause();
@@ -103,6 +103,18 @@ static void a_denied_link_is_told_once(void **state) {
     node_free(listener);
 }
 
+/* The answer to a question about a node that is denied. On a loaded machine our own
+ * sidecar may seem to be down for a moment. */
+static const struct node_event *denied(struct node *node, const char *name) {
+    const struct node_event *answer = node_upstream(node, name, name, MESHX_UPSTREAM_ASK);
+    while (answer->code == MESHX_ESIDECAR_DOWN) {
+        node_pause();
+        answer = node_upstream(node, name, name, MESHX_UPSTREAM_ASK);
+    }
+    assert_int_equal(answer->code, MESHX_EDENIED);
+    return answer;
+}
+
 /* While intentions are watched, a refused dial says which one it is. */
 static void a_denied_dial_names_the_intention(void **state) {
     struct node *listener = node_new(shared_agent, "unused@test");
@@ -111,9 +123,7 @@ static void a_denied_dial_names_the_intention(void **state) {
     register_other("friend@test", "friend@test", "friend@test", "\"Port\":1");
     register_other("foe@test", "foe@test", "foe@test", "\"Port\":1");
     char *intention = deny("*", "foe@test");
-    const struct node_event *answer =
-        node_upstream(node, "foe@test", "foe@test", MESHX_UPSTREAM_ASK);
-    assert_int_equal(answer->code, MESHX_EDENIED);
+    const struct node_event *answer = denied(node, "foe@test");
     assert_non_null(strstr(answer->text, "(or the default policy) denies"));
     link_up(node, 1, "friend@test", true);
     char text[100];
@@ -121,8 +131,7 @@ static void a_denied_dial_names_the_intention(void **state) {
              intention);
     do {
         node_pause();
-        answer = node_upstream(node, "foe@test", "foe@test", MESHX_UPSTREAM_ASK);
-        assert_int_equal(answer->code, MESHX_EDENIED);
+        answer = denied(node, "foe@test");
     } while (strstr(answer->text, text) == NULL);
     assert_non_null(strstr(answer->text, "-replace -allow namer@test foe@test"));
     allow_again(intention);
@@ -200,7 +209,7 @@ static void an_agent_that_returns_is_noticed_at_once(void **state) {
     node_wait(node, MESHX_EVENT_LOG, 0, "registered again");
     await_requests(node, 4);
     assert_int_equal(node_count(node, MESHX_EVENT_LINK_DENIED, NULL), 0);
-    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "trying again"), 1);
+    assert_int_equal(node_count(node, MESHX_EVENT_LOG, "can't be reached"), 1);
     assert_int_equal(node_info(node)->info.repairs, 1);
     node_free(node);
     node_free(listener);

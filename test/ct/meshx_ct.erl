@@ -13,7 +13,7 @@
 -export([add_agent/2, stop_agent/1, restart_agent/1]).
 -export([call/2, call/4, stop/1, kill/1, crash/1, signal/2, watch/1, is_gone/1, node_name/1, host/0]).
 -export([auto_connect/2, connect/2, failed_connect/3, service/1, sidecar/1]).
--export([listens_at/1, dials/1, at_once/1]).
+-export([listens_at/1, dials/1, at_once/1, fail/2]).
 -export([wait/2, wait/3, mark/1, lines/2, own_lines/2, has_line/3]).
 -export_type([test_node/0, options/0]).
 
@@ -536,6 +536,14 @@ read(File) ->
         {ok, Content} -> Content;
         {error, enoent} -> <<>>
     end.
+
+%%% Failing
+
+%% Common Test itself, and with it all suites, ends at a character that its terminal doesn't have.
+-spec fail(io:format(), [term()]) -> no_return().
+fail(Format, Arguments) ->
+    Text = lists:flatten(io_lib:format(Format, Arguments)),
+    ct:fail([case Character < 128 of true -> Character; false -> $? end || Character <- Text]).
 
 %%% Waiting
 

@@ -2,11 +2,18 @@
 %% user runs in them. Config has the suite's priv_dir and, where commands need one, its agent.
 -module(meshx_ct_project).
 
--export([home/1, template/3, run/3, try_run/3, environment/1]).
+-export([own_folder/2, home/1, template/3, run/3, try_run/3, environment/1]).
 
 -include_lib("common_test/include/ct.hrl").
 
 -type config() :: [{atom(), term()}].
+
+%% All suites of a run have one priv_dir: gives a suite a folder of its own there.
+-spec own_folder(module(), config()) -> config().
+own_folder(Suite, Config) ->
+    Folder = filename:join(filename:absname(?config(priv_dir, Config)), Suite),
+    ok = filelib:ensure_path(Folder),
+    lists:keystore(priv_dir, 1, Config, {priv_dir, Folder}).
 
 %% The user's home, in the suite's directory.
 -spec home(config()) -> file:filename().
@@ -32,7 +39,7 @@ template(Name, Project, Dependency) ->
 run(Config, Directory, Command) ->
     case try_run(Config, Directory, Command) of
         {0, Text} -> Text;
-        {Status, Text} -> ct:fail("~ts~n~n~ts~n~nexit status ~b", [Command, Text, Status])
+        {Status, Text} -> meshx_ct:fail("~ts~n~n~ts~n~nexit status ~b", [Command, Text, Status])
     end.
 
 -spec try_run(config(), file:filename(), iodata()) -> {non_neg_integer(), binary()}.

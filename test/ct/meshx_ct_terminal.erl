@@ -66,7 +66,7 @@ await(Terminal, What) ->
             demonitor(Monitor, [flush]),
             ok;
         {Monitor, {missing, Text}} ->
-            ct:fail("~ts~n~n(waited in vain for: ~ts)", [Text, io_lib:format("~0tp", [What])]);
+            meshx_ct:fail("~ts~n~n(waited in vain for: ~ts)", [Text, io_lib:format("~0tp", [What])]);
         {'DOWN', Monitor, process, Terminal, Reason} ->
             error({terminal, Reason})
     end.

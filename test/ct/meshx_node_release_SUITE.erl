@@ -33,8 +33,9 @@ all() ->
     ].
 
 %% Both releases, made of one copy of this tree that has the C part built.
-init_per_suite(Config) ->
-    Directory = filename:absname(?config(priv_dir, Config)),
+init_per_suite(Config0) ->
+    Config = meshx_ct_project:own_folder(?MODULE, Config0),
+    Directory = ?config(priv_dir, Config),
     [MixVmArgs, MixReleases, Relx, VmArgs, Commands] = readme_blocks(),
     Copy = filename:join(Directory, "copy"),
     run(Config, Directory, [

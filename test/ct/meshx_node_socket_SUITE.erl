@@ -289,8 +289,9 @@ options_can_be_set_and_read(Config) ->
     ok = meshx_node_options:set(Link, [{nodelay, false}, {keepalive, true}, {buffer, 1000}]),
     ?assertEqual(
         {ok, [{nodelay, false}, {keepalive, true}]},
-        meshx_node_options:get(Link, [nodelay, keepalive, no_such_option])
+        meshx_node_options:get(Link, [nodelay, keepalive])
     ),
+    ?assertEqual({error, einval}, meshx_node_options:get(Link, [nodelay, no_such_option])),
     ?assertEqual(
         {error, {badopts, [{active, true}]}}, meshx_node_options:set(Link, [{active, true}])
     ),

@@ -51,8 +51,9 @@ all() ->
     [plain_erl, iex, mix_git, rebar3_git, rebar3_checkout].
 
 %% The working tree, uncommitted changes too, becomes a git repository that projects can name.
-init_per_suite(Config) ->
-    Directory = filename:absname(?config(priv_dir, Config)),
+init_per_suite(Config0) ->
+    Config = meshx_ct_project:own_folder(?MODULE, Config0),
+    Directory = ?config(priv_dir, Config),
     Source = filename:join(Directory, "source"),
     run(Config, Directory, [
         "mkdir source home && cd source",
