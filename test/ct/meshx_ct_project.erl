@@ -1,5 +1,5 @@
 %% Projects that depend on this one, made of the templates in test/used_by, and the commands that a
-%% user runs in them. Config has the suite's priv_dir and, where commands need one, its agent.
+%% user runs in them. Config has the suite's directory (own_folder/2) and, where commands need one, its agent.
 -module(meshx_ct_project).
 
 -export([own_folder/2, home/1, template/3, run/3, try_run/3, environment/1]).
@@ -8,17 +8,17 @@
 
 -type config() :: [{atom(), term()}].
 
-%% All suites of a run have one priv_dir: gives a suite a folder of its own there.
+%% All suites of a run have one priv_dir: gives a suite a directory of its own there.
 -spec own_folder(module(), config()) -> config().
 own_folder(Suite, Config) ->
     Folder = filename:join(filename:absname(?config(priv_dir, Config)), Suite),
     ok = filelib:ensure_path(Folder),
-    lists:keystore(priv_dir, 1, Config, {priv_dir, Folder}).
+    [{directory, Folder} | Config].
 
 %% The user's home, in the suite's directory.
 -spec home(config()) -> file:filename().
 home(Config) ->
-    filename:join(filename:absname(?config(priv_dir, Config)), "home").
+    filename:join(?config(directory, Config), "home").
 
 %% Makes the project of a template, its one gap filled, in a folder.
 -spec template(string(), file:filename(), iodata()) -> ok.

@@ -35,7 +35,7 @@ all() ->
 %% Both releases, made of one copy of this tree that has the C part built.
 init_per_suite(Config0) ->
     Config = meshx_ct_project:own_folder(?MODULE, Config0),
-    Directory = ?config(priv_dir, Config),
+    Directory = ?config(directory, Config),
     [MixVmArgs, MixReleases, Relx, VmArgs, Commands] = readme_blocks(),
     Copy = filename:join(Directory, "copy"),
     run(Config, Directory, [
@@ -45,7 +45,7 @@ init_per_suite(Config0) ->
     ]),
     mix_project(filename:join(Directory, "mix"), Copy, MixVmArgs, MixReleases, Config),
     rebar3_project(filename:join(Directory, "rebar3"), Copy, Relx, VmArgs, Config),
-    meshx_ct:init_suite([{commands, Commands}, {directory, Directory} | Config]).
+    meshx_ct:init_suite([{commands, Commands} | Config]).
 
 end_per_suite(Config) -> meshx_ct:end_suite(Config).
 

@@ -53,7 +53,7 @@ all() ->
 %% The working tree, uncommitted changes too, becomes a git repository that projects can name.
 init_per_suite(Config0) ->
     Config = meshx_ct_project:own_folder(?MODULE, Config0),
-    Directory = ?config(priv_dir, Config),
+    Directory = ?config(directory, Config),
     Source = filename:join(Directory, "source"),
     run(Config, Directory, [
         "mkdir source home && cd source",
@@ -61,7 +61,7 @@ init_per_suite(Config0) ->
         " && git init -q -b main && git add -A",
         " && git -c user.name=test -c user.email=test@localhost commit -q -m source"
     ]),
-    [{directory, Directory}, {source, Source} | Config].
+    [{source, Source} | Config].
 
 end_per_suite(_Config) ->
     ok.
