@@ -82,7 +82,7 @@ plain_erl(Config) ->
     template(rebar3_project, "", Config),
     run(Config, ?config(project, Config), "mkdir ebin && erlc -o ebin src/uses_meshx_node.erl"),
     two_nodes(Config, ?ERL, fun(N) ->
-        io_lib:format("erl -pa '~ts' ebin -proto_dist meshx_node -name node~b@myhost", [Ebin, N])
+        io_lib:format("erl -pa '~ts' ebin -proto_dist meshx_node -start_epmd false -name node~b@myhost", [Ebin, N])
     end).
 
 %% As in MeshxNode's documentation.
@@ -103,7 +103,7 @@ mix_git(Config) ->
     native_files(Project, "_build/dev/lib/meshx_node"),
     two_nodes(Config, with_start(?IEX, undefined), fun(N) ->
         io_lib:format(
-            "iex --erl \"-pa _build/dev/lib/meshx_node/ebin -proto_dist meshx_node\" "
+            "iex --erl \"-pa _build/dev/lib/meshx_node/ebin -proto_dist meshx_node -start_epmd false\" "
             "--name node~b@myhost -S mix",
             [N]
         )
@@ -116,7 +116,7 @@ rebar3_git(Config) ->
     native_files(Project, "_build/default/lib/meshx_node"),
     two_nodes(Config, ?ERL, fun(N) ->
         io_lib:format(
-            "erl -pa _build/default/lib/*/ebin -proto_dist meshx_node -name node~b@myhost", [N]
+            "erl -pa _build/default/lib/*/ebin -proto_dist meshx_node -start_epmd false -name node~b@myhost", [N]
         )
     end).
 
