@@ -127,5 +127,7 @@ a_wire_that_breaks(Config) ->
     meshx_ct_host:mend(Hosts),
     rejoin(Config),
     meshx_ct:wait("a link again", fun() -> meshx_ct:connect(Here, There) end, 60000),
+    %% Its agent's own connection to the server was cut, too: till that is noticed, it answers nothing.
+    meshx_ct:wait("the agents", fun() -> ok =:= meshx_ct:call(There, meshx_node, explain, [HereName]) end, 60000),
     are_linked(Here, There),
     ?assertEqual(Starts, [meshx_ct:call(Node, meshx_node, info, [sidecar_starts]) || Node <- [Here, There]]).
