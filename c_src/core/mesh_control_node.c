@@ -22,7 +22,6 @@
 
 #define PROBE_INTERVAL 5 /* milliseconds; decides how long a first dial takes */
 #define PROXY_TIME 5000  /* milliseconds until it accepts */
-#define SIDECAR_SUFFIX "-sidecar-proxy" /* what the agent makes of a service's ID */
 
 struct mesh_proxy {
     struct mesh *mesh;
@@ -78,7 +77,7 @@ static void on_sidecar(const struct meshx_failure *failure,
 
 void mesh_control_node_find(struct mesh_request *request) {
     char id[512];
-    snprintf(id, sizeof id, "%s" SIDECAR_SUFFIX, request->service_id);
+    snprintf(id, sizeof id, "%s" MESH_SIDECAR_SUFFIX, request->service_id);
     request->lookups = 1;
     if (consul_service(request->mesh->consul, id, on_sidecar, request) != MESHX_OK) {
         request->lookups = 0;

@@ -76,7 +76,7 @@ static void finish(struct mesh *mesh) {
     bool again = all->again;
     all->known = !all->incomplete && !again;
     all->again = false;
-    if (mesh->state != MESHX_STATE_READY || mesh->draining) {
+    if (!mesh_is_running(mesh)) {
         return;
     }
     if (again) {

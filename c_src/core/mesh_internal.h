@@ -399,6 +399,9 @@ void mesh_upstream_answer(struct mesh_request *request,
                           const struct mesh_way *way);
 void mesh_upstream_out_of_memory(struct mesh_request *request);
 
+/* What the agent appends to a service's name and ID for its sidecar's. */
+#define MESH_SIDECAR_SUFFIX "-sidecar-proxy"
+
 /* mesh_lookup.c */
 /* Asks the agent about |request|'s node; mesh_upstream_looked_up() follows. */
 void mesh_lookup(struct mesh_request *request);
@@ -442,6 +445,11 @@ void mesh_watch_recheck(struct mesh *mesh, uint32_t delay);
 bool mesh_watch_sees_intentions(const struct mesh *mesh);
 /* Is it about to begin? mesh_intention_refresh() or mesh_lookup_unpark() follows. */
 bool mesh_watch_begins_intentions(const struct mesh *mesh);
+
+/* Is there anything to watch or to judge? */
+static inline bool mesh_is_running(const struct mesh *mesh) {
+    return mesh->state == MESHX_STATE_READY && !mesh->draining;
+}
 
 /* mesh_intention.c */
 enum mesh_verdict {

@@ -37,10 +37,6 @@ static void unlink_link(struct mesh_link *link) {
     *place = link->next;
 }
 
-static bool is_running(const struct mesh *mesh) {
-    return mesh->state == MESHX_STATE_READY && !mesh->draining;
-}
-
 /* ---- health ---- */
 
 static bool is_of_host(const struct document_check *check) {
@@ -124,7 +120,7 @@ static void on_sidecars(const struct meshx_failure *failure, uint64_t index,
             link->agent_node = strdup(host); /* NULL: next time */
         }
     }
-    if (is_running(mesh)) {
+    if (mesh_is_running(mesh)) {
         compare_all(mesh);
     }
 }
@@ -143,7 +139,7 @@ static bool is_host_unknown(const struct mesh *mesh) {
 }
 
 void mesh_link_compare(struct mesh *mesh) {
-    if (!is_running(mesh)) {
+    if (!mesh_is_running(mesh)) {
         return;
     }
     compare_all(mesh);
@@ -157,7 +153,8 @@ void mesh_link_notice(struct mesh *mesh) {
         return; /* what we have heard is old; the next answer is compared anew */
     }
     for (struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
-        if (link->critical != link->critical_told && !link->gone && is_running(mesh)) {
+        if (link->critical != link->critical_told && !link->gone &&
+            mesh_is_running(mesh)) {
             struct meshx_event event = {.type = MESHX_EVENT_LINK_HEALTH,
                                         .request = link->id,
                                         .text = link->critical ? link->trouble : NULL};
@@ -216,7 +213,7 @@ static void judge_answer(struct mesh_link *link, const struct meshx_failure *fai
                          bool allowed, const char *source, const char *destination) {
     struct mesh *mesh = link->mesh;
     struct meshx_failure why;
-    if (is_running(mesh) && !link->gone &&
+    if (mesh_is_running(mesh) && !link->gone &&
         !mesh_lookup_allowed(mesh, failure, allowed, source, destination, &why)) {
         if (failure == NULL) {
             const struct document_intention *decides = NULL;
@@ -306,7 +303,7 @@ static void judge_next(struct mesh *mesh, bool fresh) {
         return; /* what there is to know makes all be judged */
     }
     for (struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
-        if (mesh->links_asked >= ASKED_MAX || !is_running(mesh)) {
+        if (mesh->links_asked >= ASKED_MAX || !mesh_is_running(mesh)) {
             return;
         }
         if (link->service_name != NULL && !link->gone && link->asked == 0 &&

@@ -129,7 +129,7 @@ static void out_of_memory(struct mesh_request *request) {
 bool mesh_lookup_is_sidecar(const char *text, const char *begin) {
     size_t size = strlen(begin);
     return text != NULL && strncmp(text, begin, size) == 0 &&
-           strcmp(text + size, "-sidecar-proxy") == 0;
+           strcmp(text + size, MESH_SIDECAR_SUFFIX) == 0;
 }
 
 /* Is its service there once, with a sidecar that passes? */

@@ -7,10 +7,8 @@
  * agent has gone. The rules of blocking queries hold: an index that goes back begins anew
  * with 0, an answer without one is asked for on a timer, and however often the agent
  * answers, the same query is not sent more than twice a second, or once in two seconds,
- * but for the first time. A query that fails comes back with jittered
- *back-off; where intentions can't be watched, links are judged anew every few seconds
- *instead
- *.
+ * but for the first time. A query that fails comes back with jittered back-off; where
+ * intentions can't be watched, links are judged anew every few seconds instead.
  */
 #include "error.h"
 #include "mesh_internal.h"
@@ -30,13 +28,9 @@
 
 static void ask(struct mesh_query *query);
 
-static bool is_running(const struct mesh *mesh) {
-    return mesh->state == MESHX_STATE_READY && !mesh->draining;
-}
-
 static bool is_wanted(const struct mesh_query *query) {
     const struct mesh *mesh = query->mesh;
-    return is_running(mesh) &&
+    return mesh_is_running(mesh) &&
            (query->kind == MESH_QUERY_CRITICAL || mesh->intentions.wanted);
 }
 
@@ -50,7 +44,7 @@ bool mesh_watch_begins_intentions(const struct mesh *mesh) {
 }
 
 void mesh_watch_recheck(struct mesh *mesh, uint32_t delay) {
-    if (is_running(mesh) && (!mesh->rechecking || delay < MESH_RECHECK_TIME)) {
+    if (mesh_is_running(mesh) && (!mesh->rechecking || delay < MESH_RECHECK_TIME)) {
         mesh->rechecking = true;
         loop_timer_start(mesh->recheck, delay);
     }
@@ -137,7 +131,7 @@ static bool answered(struct mesh_query *query, const struct meshx_failure *failu
     query->active = false;
     query->asked = false;
     query->waiting = false;
-    if (!is_running(query->mesh)) {
+    if (!mesh_is_running(query->mesh)) {
         return false;
     }
     query->active = true;
@@ -214,8 +208,8 @@ void mesh_watch_unlinked(struct mesh *mesh) {
     for (const struct mesh_link *link = mesh->links; link != NULL; link = link->next) {
         linked = linked || !link->gone;
     }
-    if (mesh->sidecar_outdated && !linked && is_running(mesh) && mesh->sidecar != NULL &&
-        mesh->sidecar_pid != 0) {
+    if (mesh->sidecar_outdated && !linked && mesh_is_running(mesh) &&
+        mesh->sidecar != NULL && mesh->sidecar_pid != 0) {
         renew_sidecar(mesh);
     }
 }
@@ -257,7 +251,7 @@ static void on_recheck(void *argument) {
     struct mesh *mesh = argument;
     bool blind = mesh->queries[MESH_QUERY_INTENTIONS].failures > 0;
     mesh->rechecking = false;
-    if (!is_running(mesh) || !mesh_link_any(mesh)) {
+    if (!mesh_is_running(mesh) || !mesh_link_any(mesh)) {
         return;
     }
     /* Answers under way are not asked for again, else slow ones would never count. */
