@@ -197,11 +197,7 @@ call(Request) ->
     end.
 
 not_started() ->
-    Text =
-        "this node has no node service: it is not started with -proto_dist meshx_node, or it is a "
-        "remote shell or the like (-remsh, -dist_listen false, -sname undefined) that has not dialled "
-        "anybody yet",
-    {error, {stopped, list_to_binary(Text)}}.
+    {error, {stopped, text("this node has no node service: ~ts", [meshx_node_select:why_not_started()])}}.
 
 text(Format, Arguments) ->
     unicode:characters_to_binary(io_lib:format(Format, Arguments)).

@@ -10,7 +10,7 @@
 %% twice at most, and when that has passed without an answer, none is asked for the next ?PAUSE.
 -module(meshx_node_select).
 
--export([takes/1, is_alone/0, warnings/0]).
+-export([takes/1, is_alone/0, warnings/0, why_not_started/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -26,12 +26,15 @@ takes(Node) ->
 is_alone() ->
     length(carriers()) < 2.
 
-%% As net_kernel reads it.
+%% As net_kernel reads it: a flag given twice counts for nothing.
 carriers() ->
     case init:get_argument(proto_dist) of
         {ok, [Carriers]} -> Carriers;
         _ -> []
     end.
+
+is_ours(Carrier) ->
+    Carrier =:= "meshx_node" orelse Carrier =:= "Elixir.MeshxNode".
 
 is_in_mesh(Node) ->
     case meshx_node_mesh:find(Node, own_name(), ?TIME) of
@@ -72,9 +75,22 @@ own_name() ->
 -spec warnings() -> [unicode:chardata()].
 warnings() ->
     case lists:reverse(carriers()) of
-        [Last, _ | _] when Last =/= "meshx_node", Last =/= "Elixir.MeshxNode" ->
+        [Last, _ | _] ->
             Text = ", the last in -proto_dist, is asked first for any node, and may take it; put meshx_node last",
-            [[Last, Text]];
+            [[Last, Text] || not is_ours(Last)];
         _ ->
             []
+    end.
+
+%% For whoever asks for the node service of a node that has none.
+-spec why_not_started() -> string().
+why_not_started() ->
+    case {lists:any(fun is_ours/1, carriers()), init:get_argument(proto_dist)} of
+        {true, _} ->
+            "it has not started, or failed to, of which the log says why; or it is a remote shell or the like "
+            "(-remsh, -dist_listen false, -sname undefined) that has not dialled anybody yet";
+        {false, {ok, [_, _ | _]}} ->
+            "-proto_dist is given more than once, and OTP then takes none of them; name all carriers in one";
+        {false, _} ->
+            "it is not started with -proto_dist meshx_node"
     end.

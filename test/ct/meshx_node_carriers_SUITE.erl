@@ -15,6 +15,7 @@ all() ->
         only_one_carrier_each,
         the_last_carrier_is_asked_first,
         a_node_without_a_service,
+        who_has_no_service_is_told_why,
         denied_is_not_left_to_others,
         unhealthy_is_not_left_to_others,
         a_silent_agent_holds_nobody_up,
@@ -168,6 +169,21 @@ a_node_without_a_service(Config) ->
     ?assertEqual(meshx, carrier(Vm, New)),
     ?assertEqual(tcp, carrier(Vm, node_of(Config, old))),
     meshx_ct:stop(Vm).
+
+who_has_no_service_is_told_why(Config) ->
+    [
+        begin
+            Vm = meshx_ct:vm(Config, options(Config, Carriers)),
+            {error, {stopped, Text}} = meshx_ct:call(Vm, meshx_node, info, []),
+            ?assertEqual({Text, match}, {Text, re:run(Text, Why, [{capture, none}])}),
+            meshx_ct:stop(Vm)
+        end
+     || {Carriers, Why} <- [
+            {"inet_tcp", "not started with -proto_dist meshx_node$"},
+            {"inet_tcp -proto_dist meshx_node", "given more than once.*name all carriers in one$"},
+            {"inet_tcp meshx_node", "failed to, of which the log says why"}
+        ]
+    ].
 
 denied_is_not_left_to_others(Config) ->
     [#{node := OneName, agent := Agent} = One, #{node := TwoName}] = [node_of(Config, Key) || Key <- [one, two]],
