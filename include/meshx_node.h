@@ -149,7 +149,7 @@ enum meshx_event_type {
                              more than stop_timeout and a second. STOPPED follows. */
     MESHX_EVENT_UPSTREAM, /* answer to meshx_mesh_upstream(): |request|, |failure| or
                              |port| */
-    MESHX_EVENT_LINK_DENIED, /* |request| is the link's, |failure| names the intention */
+    MESHX_EVENT_LINK_DENIED, /* |request| is the link's, |failure| says why */
     MESHX_EVENT_LINK_HEALTH, /* |request| is the link's; |text|: what makes the other node
                                 critical in Consul, NULL: nothing any more */
     MESHX_EVENT_INFO,    /* answer to meshx_mesh_info(): |request|, |failure| or |info| */
@@ -277,8 +277,9 @@ int meshx_mesh_accept(struct meshx_mesh *mesh, uint64_t request, const char *nod
 /*
  * |node|, whose service Name is |service_name|, is linked with ours from now on, until
  * meshx_mesh_link_down(). |link| is a number that no other link has; |dialed|: it was us.
- * LINK_DENIED, once, says that intentions do not allow the link any more; what cannot be
- * asked leaves it alone. LINK_HEALTH tells changes. |service_name| NULL: nothing is asked
+ * LINK_DENIED, once, says that intentions do not allow the link any more, or, with
+ * MESHX_ENOMEM, that they can't be watched; what cannot be asked leaves it alone.
+ * LINK_HEALTH tells changes. |service_name| NULL: nothing is asked
  * about it. Returns MESHX_OK, MESHX_ENOMEM or MESHX_ESTOPPED; the end of a link that is
  * up can always be told.
  */

@@ -255,8 +255,14 @@ handle_call({service_name, Node}, _From, #state{config = Config} = S) ->
     {noreply, #state{}}.
 handle_cast({link_up, Node, Controller, Socket, How}, #state{links = Links, next = Id} = S) ->
     Link = #link{id = Id, node = Node, controller = Controller, socket = Socket},
-    watch_link(Link, How, S),
-    {noreply, S#state{next = Id + 1, links = Links#{monitor(process, Controller) => Link}}}.
+    Linked = S#state{next = Id + 1, links = Links#{monitor(process, Controller) => Link}},
+    case watch_link(Link, How, Linked) of
+        {error, out_of_memory} ->
+            {noreply, cut(Link, out_of_memory, "out of memory, so no intention could cut it", Linked)};
+        %% Stopped: the links are closed anyway.
+        _ ->
+            {noreply, Linked}
+    end.
 
 -spec handle_info(term(), #state{}) -> {noreply, #state{}}.
 handle_info({meshx_event, Tag, Type, Data}, #state{tag = Tag} = S) ->
@@ -372,10 +378,14 @@ watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config
             direct -> {accepted, undefined}
         end,
     %% Who knows the cookie can have any name, which needn't be one for Consul.
-    _ =
-        meshx_node_dist:is_node_name(Node) andalso
-            meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side),
-    ok.
+    case meshx_node_dist:is_node_name(Node) of
+        true -> meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side);
+        false -> ok
+    end.
+
+cut(#link{node = Node, controller = Controller}, Reason, Text, S) ->
+    exit(Controller, Reason),
+    log(warning, "meshx_node: the link to ~ts is cut: ~ts", [Node, Text], S).
 
 %% What belongs to a static address isn't asked about.
 watched_name(Node, #{upstreams := Static}) when is_map_key(Node, Static) ->
@@ -434,13 +444,10 @@ event(upstream, {Request, {ok, {Kind, Address, Port}}}, S) ->
     answer(Request, {ok, {Kind, Ip, Port}}, S);
 event(upstream, {Request, {error, Failure}}, #state{config = Config} = S) ->
     answer(Request, {error, named(Failure, Config)}, S);
-event(link_denied, {Id, {_, Text}}, S) ->
+event(link_denied, {Id, {Code, Text}}, S) ->
     case [Link || #link{id = LinkId} = Link <- maps:values(S#state.links), LinkId =:= Id] of
-        [#link{node = Node, controller = Controller}] ->
-            exit(Controller, denied_by_intention),
-            log(warning, "meshx_node: the link to ~ts is cut: ~ts", [Node, Text], S);
-        [] ->
-            S
+        [Link] -> cut(Link, Code, Text, S);
+        [] -> S
     end;
 event(link_health, {Id, Trouble}, #state{links = Links} = S) ->
     case [{Key, Link} || {Key, #link{id = LinkId} = Link} <- maps:to_list(Links), LinkId =:= Id] of

@@ -187,6 +187,14 @@ void mesh_link_describe_denial(const struct mesh *mesh, const char *source,
 }
 
 /* |one| decides, or if NULL, |other|. */
+static void emit_denied(struct mesh *mesh, uint64_t id,
+                        const struct meshx_failure *failure) {
+    struct meshx_event event = {
+        .type = MESHX_EVENT_LINK_DENIED, .request = id, .failure = failure};
+    mesh_note_failure(mesh, failure);
+    mesh_emit(mesh, &event);
+}
+
 static void tell_denied(struct mesh_link *link, const char *source,
                         const char *destination, const struct document_intention *one,
                         const char *other) {
@@ -202,10 +210,7 @@ static void tell_denied(struct mesh_link *link, const char *source,
     }
     link->denied = true;
     error_set(&failure, MESHX_EDENIED, "%s denies %s => %s", which, source, destination);
-    mesh_note_failure(mesh, &failure);
-    struct meshx_event event = {
-        .type = MESHX_EVENT_LINK_DENIED, .request = link->id, .failure = &failure};
-    mesh_emit(mesh, &event);
+    emit_denied(mesh, link->id, &failure);
 }
 
 /* The agent's answer about one direction; |link| may be freed by this. */
@@ -332,9 +337,9 @@ bool mesh_link_any(const struct mesh *mesh) {
 void mesh_link_up(struct mesh *mesh, struct mesh_request *request) {
     struct mesh_link *link = calloc(1, sizeof *link);
     if (link == NULL) {
-        mesh_log(mesh, MESHX_LEVEL_WARNING,
-                 "out of memory: the link to %s is not watched for intentions",
-                 request->node);
+        struct meshx_failure failure;
+        error_set(&failure, MESHX_ENOMEM, "out of memory, so no intention could cut it");
+        emit_denied(mesh, request->id, &failure);
         return;
     }
     *link = (struct mesh_link){.next = mesh->links,
