@@ -23,6 +23,7 @@
     flush/1,
     tick/1,
     statistics/1,
+    pause/1,
     mesh_open/2,
     mesh_upstream/6,
     mesh_link_up/5,
@@ -37,7 +38,7 @@
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
--define(ABI_VERSION, 3).
+-define(ABI_VERSION, 4).
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().
@@ -196,6 +197,11 @@ tick(Link) ->
 -spec statistics(socket()) -> statistics().
 statistics(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).
+
+%% Does nothing, for less than a second, on a dirty scheduler: receive's `after' knows milliseconds.
+-spec pause(Microseconds :: 0..999999) -> ok.
+pause(Microseconds) ->
+    load_and_call(?FUNCTION_NAME, [Microseconds]).
 
 %% Begins to start a node service; {meshx_event, Tag, Type, Data} messages follow
 %% (c_src/nif/mesh.h lists them). Config is meshx_node_config:load/1's with `listen_address'

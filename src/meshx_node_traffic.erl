@@ -15,6 +15,9 @@
 %% before it suspends senders (+zdbbl).
 -define(GATHER_BYTES, 2097152).
 -define(GATHER_FRAMES, 500).
+%% Frames of the first writes, and what part of what was written before may go in one.
+-define(FEW_FRAMES, 16).
+-define(WRITTEN_PART, 4).
 %% Bytes gathered that tell of a stream of large messages.
 -define(MUCH, 393216).
 %% Writes after the last of them for which the stream counts as going on.
@@ -25,11 +28,15 @@
 %% Input: bytes of large messages, and how many of these, after which it is looked whether they
 %% have been received.
 -define(WINDOW_BYTES, 1048576).
--define(WINDOW_MESSAGES, 4).
+-define(WINDOW_MESSAGES, 2).
+%% How many times as much the bytes of messages in fragments count.
+-define(FRAGMENTS_WEIGHT, 4).
 %% A message of fewer bytes isn't looked at: the look would cost more than it saves.
 -define(LARGE, 4096).
-%% Pauses, of 1 ms, before input goes on though they haven't: they may never be.
--define(PAUSES, 4).
+%% The first pause and the last, each of which is twice as long as the one before, microseconds;
+%% then input goes on though they haven't: they may never be.
+-define(PAUSE, 64).
+-define(PAUSE_MAX, 2048).
 
 %% First bytes of the frames that carry a message in fragments (erl_dist_protocol, "Distribution
 %% header for fragmented messages"); the last fragment has number 1.
@@ -44,7 +51,8 @@
 %% of them we may keep the scheduler.
 -type urgency() :: normal | {pos_integer(), non_neg_integer()}.
 
-%% Large messages given to the emulator since the last look: a frame of each, and the bytes of all.
+%% Large messages given to the emulator since the last look: a frame of each, and the bytes of all,
+%% weighed.
 -type window() :: {[binary()], Count :: non_neg_integer(), Bytes :: non_neg_integer()}.
 
 %% The calling process, owner of the link, becomes its output process.
@@ -78,7 +86,7 @@ written(_Link, {error, _} = Error) ->
 output(Handle, Link, Urgency) ->
     receive
         dist_data ->
-            try drain(Handle, Link, Urgency) of
+            try drain(Handle, Link, Urgency, 0) of
                 NextUrgency -> output(Handle, Link, NextUrgency)
             catch
                 error:badarg -> death_row(connection_closed)
@@ -99,22 +107,29 @@ output(Handle, Link, Urgency) ->
 
 %% Writes all that the emulator has for this link, then asks to be told of more. While the
 %% socket is full nothing is taken from the emulator, which then suspends the senders.
-drain(Handle, Link, Urgency) ->
-    case gather(Handle, 0, 0, []) of
+%%
+%% What many processes send is not written at once: the far side works on the first part while the
+%% next is made, and both have something to do. What goes on for longer is a stream, of which more
+%% and more goes into one write.
+-spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), non_neg_integer()) -> urgency().
+drain(Handle, Link, Urgency, Written) ->
+    Most = min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART)),
+    case gather(Handle, 0, Most, []) of
         {[], _} ->
             erlang:dist_ctrl_get_data_notification(Handle),
             Urgency;
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link, urgency(Bytes, Urgency))
+            drain(Handle, Link, urgency(Bytes, Urgency), Written + length(Frames))
     end.
 
-gather(_Handle, Bytes, Count, Frames) when Bytes >= ?GATHER_BYTES; Count >= ?GATHER_FRAMES ->
+%% At most Most frames.
+gather(_Handle, Bytes, Most, Frames) when Bytes >= ?GATHER_BYTES; Most =:= 0 ->
     {lists:reverse(Frames), Bytes};
-gather(Handle, Bytes, Count, Frames) ->
+gather(Handle, Bytes, Most, Frames) ->
     case erlang:dist_ctrl_get_data(Handle) of
         none -> {lists:reverse(Frames), Bytes};
-        {Size, _} = Frame -> gather(Handle, Bytes + Size, Count + 1, [Frame | Frames])
+        {Size, _} = Frame -> gather(Handle, Bytes + Size, Most - 1, [Frame | Frames])
     end.
 
 write(Link, Result) ->
@@ -180,52 +195,56 @@ input_loop(Handle, Link, Window) ->
             exit(end_reason(Reason))
     end.
 
-put_frames(_Handle, []) ->
-    ok;
-put_frames(Handle, [Frame | Frames]) ->
+put_frames(Handle, Frames) ->
     try
-        erlang:dist_ctrl_put_data(Handle, Frame)
+        lists:foreach(fun(Frame) -> erlang:dist_ctrl_put_data(Handle, Frame) end, Frames)
     catch
         error:_ -> death_row(connection_closed)
-    end,
-    put_frames(Handle, Frames).
+    end.
 
 %% Input that outruns the receivers makes their message queues long, and a long queue of large
 %% messages is not only memory: a receiver's garbage collection decodes all of it (unless its
 %% message_queue_data is off_heap), so that from some length on, a few MiB, it gets ever slower.
+%%
+%% A message in one frame is not copied by the emulator: a binary in it refers to the frame until
+%% the receiver has collected its garbage, which may be some 400 KiB. So of such messages more is
+%% let through before the look than of those in fragments, which are copied when they are received.
 -spec keep_pace([binary()], window()) -> window().
 keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
     case Frame of
         %% Held by the emulator until the message is whole. The last one may be too small to be
         %% looked at: the last but one stands for the message, too.
         <<?VERSION, Type, _Sequence:64, Number:64, _/binary>> when
-            (Type =:= ?FIRST_FRAGMENT orelse Type =:= ?FRAGMENT), Number > 2
+            Type =:= ?FIRST_FRAGMENT; Type =:= ?FRAGMENT
         ->
-            keep_pace(Frames, {Messages, Count, Bytes + byte_size(Frame)});
+            Weighed = Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame),
+            case Number > 2 of
+                true -> keep_pace(Frames, {Messages, Count, Weighed});
+                false -> keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed})
+            end;
         _ ->
             keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)})
     end;
 keep_pace([_Small | Frames], Window) ->
     keep_pace(Frames, Window);
 keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES ->
-    await_receivers(Messages, Count, ?PAUSES),
+    await_receivers(Messages, Count, ?PAUSE),
     {[], 0, 0};
 keep_pace([], Window) ->
     Window.
 
 %% Waits until half of Messages have been received.
-await_receivers(Messages, Count, Pauses) ->
-    case Pauses > 0 andalso 2 * held(Messages) > Count of
+await_receivers(Messages, Count, Pause) ->
+    case Pause =< ?PAUSE_MAX andalso 2 * held(Messages) > Count of
         true ->
-            receive
-            after 1 -> await_receivers(Messages, Count, Pauses - 1)
-            end;
+            meshx_node_nif:pause(Pause),
+            await_receivers(Messages, Count, 2 * Pause);
         false ->
             ok
     end.
 
-%% How many of Messages the emulator still has: it copies out of them what it gives to a receiver.
-%% An emulator that doesn't tell it in this form has none, for us.
+%% How many of Messages the emulator, or a receiver's garbage, still has. An emulator that doesn't tell
+%% it in this form has none, for us.
 held(Messages) ->
     %% Only Messages are on our heap then.
     erlang:garbage_collect(),

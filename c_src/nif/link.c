@@ -44,6 +44,10 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* What a frame costs beside its bytes, in bytes. */
 #define BYTES_PER_FRAME ((size_t)256)
 
+/* Reads that find nothing before the caller is to wait for more, on a link where several
+ * frames came together. */
+#define EMPTY_READS 4
+
 static const uint8_t zeros[FRAME_DISTRIBUTION];
 
 static void consume_timeslice(ErlNifEnv *env, size_t bytes) {
@@ -272,9 +276,10 @@ static void shrink(struct socket *socket) {
 /*
  * read(Link) -> {more | wait, [Frame]} | {error, closed | bad_frame | Posix}
  *
- * more: call again. wait: the calling process gets a select message when there is more.
- * During the handshake at most one frame is delivered, since the framing may change after
- * it. An error is returned only when all frames before it have been.
+ * more: call again, when others have run; there may be no frame. wait: the calling
+ * process gets a select message when there is more. During the handshake at most one
+ * frame is delivered, since the framing may change after it. An error is returned only
+ * when all frames before it have been.
  */
 ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct socket *socket = socket_get(env, argv[0]);
@@ -328,6 +333,16 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     /* What was read but not looked at, because |max| was reached, makes no select
      * message. */
     drained = drained && frames.count < frames.max;
+    /* Where several processes wait for answers, these come one upon another: looking
+     * again when the others have run costs less than two switches of threads, to the
+     * emulator's poll thread and back. */
+    if (frames.count > 1) {
+        socket->reader.empty_reads = EMPTY_READS;
+    }
+    if (drained && socket->reader.empty_reads > 0) {
+        socket->reader.empty_reads--;
+        drained = false;
+    }
     if (failure == 0 && drained) {
         shrink(socket);
         if (enif_select(env, socket->fd, ERL_NIF_SELECT_READ, socket, NULL,

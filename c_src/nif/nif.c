@@ -8,11 +8,12 @@
  */
 #include "link.h"
 #include "mesh.h"
+#include <time.h>
 
 /* Changes with the arguments of any NIF, so that a stale .so beside a newer .beam (or the
  * other way round) fails to load instead of misbehaving. In step with meshx_node_nif.erl.
  */
-#define ABI_VERSION 3
+#define ABI_VERSION 4
 
 /* How long unload lets node services stop in order; it blocks a scheduler meanwhile. */
 #define UNLOAD_GRACE_MS 500
@@ -85,6 +86,21 @@ static void unload(ErlNifEnv *env, void *priv_data) {
     }
 }
 
+/* pause(Microseconds) -> ok. What the emulator's own timers, of milliseconds, can't do;
+ * on a thread that may sleep. */
+static ERL_NIF_TERM nif_pause(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct timespec time = {0};
+    unsigned microseconds;
+
+    (void)argc;
+    if (!enif_get_uint(env, argv[0], &microseconds) || microseconds >= 1000000) {
+        return enif_make_badarg(env);
+    }
+    time.tv_nsec = (long)microseconds * 1000;
+    nanosleep(&time, NULL);
+    return am_ok;
+}
+
 static ErlNifFunc functions[] = {
     {"listen", 3, nif_listen, 0},
     {"accept", 2, nif_accept, 0},
@@ -103,6 +119,7 @@ static ErlNifFunc functions[] = {
     {"flush", 1, nif_flush, 0},
     {"tick", 1, nif_tick, 0},
     {"statistics", 1, nif_statistics, 0},
+    {"pause", 1, nif_pause, ERL_NIF_DIRTY_JOB_IO_BOUND},
     {"mesh_open", 2, nif_mesh_open, 0},
     {"mesh_upstream", 6, nif_mesh_upstream, 0},
     {"mesh_link_up", 5, nif_mesh_link_up, 0},

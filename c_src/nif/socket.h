@@ -31,12 +31,13 @@ struct socket {
     struct {            /* guarded by |read|; link_reader_free() frees it */
         uint8_t *stage; /* bytes that were read, of frames not yet delivered */
         size_t capacity;
-        size_t start;       /* bytes before it are delivered */
-        size_t end;         /* bytes after it are not yet filled */
-        ErlNifBinary large; /* a large frame that is read into place */
-        size_t large_size;  /* bytes of it in all; 0: none is under way */
-        size_t filled;      /* bytes of it that have come */
-        bool bulk;          /* much has come lately: the next stage is the large kind */
+        size_t start;         /* bytes before it are delivered */
+        size_t end;           /* bytes after it are not yet filled */
+        ErlNifBinary large;   /* a large frame that is read into place */
+        size_t large_size;    /* bytes of it in all; 0: none is under way */
+        size_t filled;        /* bytes of it that have come */
+        bool bulk;            /* much has come lately: the next stage is the large kind */
+        unsigned empty_reads; /* left until the caller is to wait */
     } reader;
 
     struct {               /* guarded by |write| */
