@@ -23,7 +23,8 @@
     flush/1,
     tick/1,
     statistics/1,
-    pause/1,
+    timer/0,
+    timer_start/2,
     mesh_open/2,
     mesh_upstream/6,
     mesh_link_up/5,
@@ -34,7 +35,7 @@
     mesh_stop/1
 ]).
 
--export_type([socket/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0]).
+-export_type([socket/0, timer/0, mesh/0, options/0, option/0, failure/0, error/0, frame/0]).
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
@@ -42,6 +43,7 @@
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().
+-type timer() :: reference().
 %% The handle of a node service. The death of the process that opened it stops the service.
 -type mesh() :: reference().
 -type option() ::
@@ -198,10 +200,15 @@ tick(Link) ->
 statistics(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).
 
-%% Does nothing, for less than a second, on a dirty scheduler: receive's `after' knows milliseconds.
--spec pause(Microseconds :: 0..999999) -> ok.
-pause(Microseconds) ->
-    load_and_call(?FUNCTION_NAME, [Microseconds]).
+%% A timer of microseconds; goes with the calling process.
+-spec timer() -> {ok, timer()} | {error, inet:posix()}.
+timer() ->
+    load_and_call(?FUNCTION_NAME, []).
+
+%% {select, Timer, undefined, ready_input} follows. For the process that made it.
+-spec timer_start(timer(), Microseconds :: pos_integer()) -> ok | {error, inet:posix()}.
+timer_start(Timer, Microseconds) ->
+    load_and_call(?FUNCTION_NAME, [Timer, Microseconds]).
 
 %% Begins to start a node service; {meshx_event, Tag, Type, Data} messages follow
 %% (c_src/nif/mesh.h lists them). Config is meshx_node_config:load/1's with `listen_address'

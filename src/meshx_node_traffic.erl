@@ -237,10 +237,36 @@ keep_pace([], Window) ->
 await_receivers(Messages, Count, Pause) ->
     case Pause =< ?PAUSE_MAX andalso 2 * held(Messages) > Count of
         true ->
-            meshx_node_nif:pause(Pause),
+            pause(Pause),
             await_receivers(Messages, Count, 2 * Pause);
         false ->
             ok
+    end.
+
+%% A millisecond, the least that `after' can do, is what MiBs take: nobody would have work meanwhile.
+pause(Microseconds) ->
+    case start_timer(get(?MODULE), Microseconds) of
+        {ok, Timer} ->
+            put(?MODULE, Timer),
+            receive
+                {select, Timer, _, ready_input} -> ok
+            end;
+        {error, _} ->
+            receive
+            after 1 -> ok
+            end
+    end.
+
+%% Most links never need one.
+start_timer(undefined, Microseconds) ->
+    case meshx_node_nif:timer() of
+        {ok, Timer} -> start_timer(Timer, Microseconds);
+        Error -> Error
+    end;
+start_timer(Timer, Microseconds) ->
+    case meshx_node_nif:timer_start(Timer, Microseconds) of
+        ok -> {ok, Timer};
+        Error -> Error
     end.
 
 %% How many of Messages the emulator, or a receiver's garbage, still has. An emulator that doesn't tell

@@ -1,5 +1,5 @@
 /*
- * Non-blocking TCP sockets, IPv4 and IPv6. L1, any thread: no state but the descriptor.
+ * Non-blocking TCP sockets, IPv4 and IPv6. L1, any thread.
  *
  * Invariant: a descriptor reaches the caller only together with success (or, for a
  * connect, -EINPROGRESS); on every other path it is closed here.
@@ -8,12 +8,18 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
+
+/* Bytes, of which the kernel makes twice as many; see options_for(). */
+#define LOOPBACK_BUFFER (1024 * 1024)
 
 static int last_error(void) {
     return -errno;
@@ -52,6 +58,43 @@ static int set_options(int fd, int family, const struct sock_options *options) {
         }
     }
     return 0;
+}
+
+static bool is_loopback(const struct sock_address *address) {
+    const void *storage = &address->storage;
+    if (address->storage.ss_family == AF_INET6) {
+        return IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)storage)->sin6_addr);
+    }
+    return ntohl(((const struct sockaddr_in *)storage)->sin_addr.s_addr) >> 24 == 127;
+}
+
+/* May a receive buffer be that large? Not told in network namespaces of older kernels. */
+static bool is_allowed(int size) {
+    char text[32] = "";
+    int fd = open("/proc/sys/net/core/rmem_max", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return false;
+    }
+    ssize_t count = read(fd, text, sizeof text - 1);
+    close(fd);
+    return count > 0 && strtol(text, NULL, 10) >= size;
+}
+
+/* The options for a connection with |peer|. What lies in loopback's receive buffers,
+ * which the kernel lets grow to many MiBs, is no sooner there, and small messages wait
+ * behind it. Where a buffer of this size is not allowed it stays the kernel's: with a
+ * smaller one they wait longer. */
+static struct sock_options options_for(const struct sock_address *peer,
+                                       const struct sock_options *options) {
+    static atomic_int allowed; /* 0: not known yet */
+    struct sock_options result = *options;
+    if (options->rcvbuf == -1 && is_loopback(peer)) {
+        if (allowed == 0) {
+            allowed = is_allowed(LOOPBACK_BUFFER) ? 1 : -1;
+        }
+        result.rcvbuf = allowed == 1 ? LOOPBACK_BUFFER : -1;
+    }
+    return result;
 }
 
 static int open_socket(int family, int *out) {
@@ -158,7 +201,8 @@ int sock_accept(int listener, const struct sock_options *options, int *out,
     if (fd < 0) {
         return last_error();
     }
-    int result = set_options(fd, from.storage.ss_family, options);
+    const struct sock_options all = options_for(&from, options);
+    int result = set_options(fd, from.storage.ss_family, &all);
     if (result != 0) {
         close(fd);
         return result;
@@ -197,7 +241,8 @@ int sock_connect(const struct sock_address *address, const struct sock_address *
     if (result != 0) {
         return result;
     }
-    result = set_options(fd, family, options);
+    const struct sock_options all = options_for(address, options);
+    result = set_options(fd, family, &all);
     if (result == 0 && bind != NULL) {
         result = bind_to(fd, bind);
     }

@@ -15,7 +15,9 @@ struct sock_address {
     socklen_t size;
 };
 
-/* Socket options with their defaults below; -1 means "leave the system's default". */
+/* Socket options with their defaults below; -1 means "leave the system's default", but
+ * for the receive buffer of a connection over loopback: 1 MiB where the system allows it.
+ */
 struct sock_options {
     int nodelay;     /* TCP_NODELAY, 0 or 1 */
     int keepalive;   /* SO_KEEPALIVE */

@@ -8,7 +8,7 @@
  */
 #include "link.h"
 #include "mesh.h"
-#include <time.h>
+#include "timer.h"
 
 /* Changes with the arguments of any NIF, so that a stale .so beside a newer .beam (or the
  * other way round) fails to load instead of misbehaving. In step with meshx_node_nif.erl.
@@ -25,7 +25,8 @@ static bool open_types(ErlNifEnv *env) {
     ErlNifResourceFlags flags =
         (ErlNifResourceFlags)(ERL_NIF_RT_CREATE | ERL_NIF_RT_TAKEOVER);
 
-    return socket_open_type(env, flags) && mesh_open_type(env, flags);
+    return socket_open_type(env, flags) && timer_open_type(env, flags) &&
+           mesh_open_type(env, flags);
 }
 
 static bool is_version(ErlNifEnv *env, ERL_NIF_TERM load_info) {
@@ -86,21 +87,6 @@ static void unload(ErlNifEnv *env, void *priv_data) {
     }
 }
 
-/* pause(Microseconds) -> ok. What the emulator's own timers, of milliseconds, can't do;
- * on a thread that may sleep. */
-static ERL_NIF_TERM nif_pause(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
-    struct timespec time = {0};
-    unsigned microseconds;
-
-    (void)argc;
-    if (!enif_get_uint(env, argv[0], &microseconds) || microseconds >= 1000000) {
-        return enif_make_badarg(env);
-    }
-    time.tv_nsec = (long)microseconds * 1000;
-    nanosleep(&time, NULL);
-    return am_ok;
-}
-
 static ErlNifFunc functions[] = {
     {"listen", 3, nif_listen, 0},
     {"accept", 2, nif_accept, 0},
@@ -119,7 +105,8 @@ static ErlNifFunc functions[] = {
     {"flush", 1, nif_flush, 0},
     {"tick", 1, nif_tick, 0},
     {"statistics", 1, nif_statistics, 0},
-    {"pause", 1, nif_pause, ERL_NIF_DIRTY_JOB_IO_BOUND},
+    {"timer", 0, nif_timer, 0},
+    {"timer_start", 2, nif_timer_start, 0},
     {"mesh_open", 2, nif_mesh_open, 0},
     {"mesh_upstream", 6, nif_mesh_upstream, 0},
     {"mesh_link_up", 5, nif_mesh_link_up, 0},

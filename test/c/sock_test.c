@@ -9,6 +9,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -191,6 +192,39 @@ static void options_are_set(void **state) {
     assert_int_equal(option_of(plain, SOL_SOCKET, SO_REUSEADDR), 1);
     assert_int_equal(option_of(plain, SOL_SOCKET, SO_KEEPALIVE), 0);
     close(plain);
+}
+
+/* Both ends, unless it is said otherwise; the kernel doubles it. */
+static void loopback_has_a_bounded_receive_buffer(void **state) {
+    (void)state;
+    struct sock_address bound;
+    const struct sock_options none = SOCK_OPTIONS_DEFAULT;
+    struct sock_options some = none;
+    int allowed = 0;
+    FILE *limit = fopen("/proc/sys/net/core/rmem_max", "r");
+    if (limit != NULL) {
+        assert_int_equal(fscanf(limit, "%d", &allowed), 1);
+        fclose(limit);
+    }
+    int listener = listen_at("127.0.0.1", &bound);
+    int usual = option_of(listener, SOL_SOCKET, SO_RCVBUF);
+    int client = connect_to(&bound, &none);
+    wait_for(listener, POLLIN);
+    int accepted = -1;
+    assert_int_equal(sock_accept(listener, &none, &accepted, NULL), 0);
+    if (allowed >= 1 << 20) {
+        assert_int_equal(option_of(client, SOL_SOCKET, SO_RCVBUF), 2 << 20);
+        assert_int_equal(option_of(accepted, SOL_SOCKET, SO_RCVBUF), 2 << 20);
+    } else {
+        assert_in_range(option_of(client, SOL_SOCKET, SO_RCVBUF), usual / 2, 64 << 20);
+    }
+    close(client);
+    close(accepted);
+    some.rcvbuf = 30000;
+    client = connect_to(&bound, &some);
+    assert_int_equal(option_of(client, SOL_SOCKET, SO_RCVBUF), 60000);
+    close(client);
+    close(listener);
 }
 
 static void ipv6_options_are_set(void **state) {
@@ -487,6 +521,7 @@ int main(void) {
         cmocka_unit_test(ipv6_conversation),
         cmocka_unit_test(accepts_who_says_nothing),
         cmocka_unit_test(options_are_set),
+        cmocka_unit_test(loopback_has_a_bounded_receive_buffer),
         cmocka_unit_test(ipv6_options_are_set),
         cmocka_unit_test(failures_leave_nothing_open),
         cmocka_unit_test(accept_with_wrong_option),
