@@ -378,9 +378,15 @@ watch_link(#link{id = Id, node = Node}, How, #state{mesh = Mesh, config = Config
             direct -> {accepted, undefined}
         end,
     %% Who knows the cookie can have any name, which needn't be one for Consul.
-    case meshx_node_dist:is_node_name(Node) of
-        true -> meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side);
-        false -> ok
+    Result =
+        case meshx_node_dist:is_node_name(Node) of
+            true -> meshx_node_nif:mesh_link_up(Mesh, Id, atom_to_binary(Node), ServiceName, Side);
+            false -> ok
+        end,
+    case ServiceName of
+        %% No intention counts for it.
+        undefined -> ok;
+        _ -> Result
     end.
 
 cut(#link{node = Node, controller = Controller}, Reason, Text, S) ->

@@ -18,12 +18,13 @@
 %% Frames of the first writes, and what part of what was written before may go in one.
 -define(FEW_FRAMES, 16).
 -define(WRITTEN_PART, 4).
-%% Bytes gathered that tell of a stream of large messages.
+%% Bytes that tell of a stream of large messages, if they are written with nothing left in between.
+%% How urgent output is is judged after so many of them, and when nothing is left.
 -define(MUCH, 393216).
-%% Writes after the last of them for which the stream counts as going on.
--define(URGENT_WRITES, 64).
-%% Writes at high priority until others have a turn.
--define(WRITES_PER_TURN, 8).
+%% Judgements after the last of them for which the stream counts as going on.
+-define(URGENT, 64).
+%% Judgements at high priority until others have a turn.
+-define(PER_TURN, 8).
 
 %% Input: bytes of large messages, and how many of these, after which it is looked whether they
 %% have been received.
@@ -47,7 +48,7 @@
 %% Off-heap and fullsweep: binaries must not linger in a process that has no live data.
 -define(SPAWN_OPTIONS, [link, {message_queue_data, off_heap}, {fullsweep_after, 0}]).
 
-%% How urgent output is: writes left for which the stream counts as going on, and for how many
+%% How urgent output is: judgements left for which the stream counts as going on, and for how many
 %% of them we may keep the scheduler.
 -type urgency() :: normal | {pos_integer(), non_neg_integer()}.
 
@@ -86,7 +87,7 @@ written(_Link, {error, _} = Error) ->
 output(Handle, Link, Urgency) ->
     receive
         dist_data ->
-            try drain(Handle, Link, Urgency, 0) of
+            try drain(Handle, Link, Urgency) of
                 NextUrgency -> output(Handle, Link, NextUrgency)
             catch
                 error:badarg -> death_row(connection_closed)
@@ -111,16 +112,22 @@ output(Handle, Link, Urgency) ->
 %% What many processes send is not written at once: the far side works on the first part while the
 %% next is made, and both have something to do. What goes on for longer is a stream, of which more
 %% and more goes into one write.
--spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), non_neg_integer()) -> urgency().
-drain(Handle, Link, Urgency, Written) ->
+-spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency()) -> urgency().
+drain(Handle, Link, Urgency) ->
+    drain(Handle, Link, Urgency, 0, 0).
+
+%% Written frames; Unjudged bytes since the urgency was last judged.
+drain(Handle, Link, Urgency, Written, Unjudged) when Unjudged >= ?MUCH ->
+    drain(Handle, Link, urgency(Unjudged, Urgency), Written, 0);
+drain(Handle, Link, Urgency, Written, Unjudged) ->
     Most = min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART)),
     case gather(Handle, 0, Most, []) of
         {[], _} ->
             erlang:dist_ctrl_get_data_notification(Handle),
-            Urgency;
+            urgency(Unjudged, Urgency);
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link, urgency(Bytes, Urgency), Written + length(Frames))
+            drain(Handle, Link, Urgency, Written + length(Frames), Unjudged + Bytes)
     end.
 
 %% At most Most frames.
@@ -144,13 +151,15 @@ write(Link, Result) ->
 %% after, we run before the senders, and take what the first of them has queued before the next
 %% one runs. Otherwise we run like all others: by then several messages have come together.
 -spec urgency(non_neg_integer(), urgency()) -> urgency().
+urgency(0, Urgency) ->
+    Urgency;
 urgency(Bytes, normal) when Bytes >= ?MUCH ->
     process_flag(priority, high),
-    {?URGENT_WRITES, ?WRITES_PER_TURN};
+    {?URGENT, ?PER_TURN};
 urgency(_, normal) ->
     normal;
 urgency(Bytes, {_, Turn}) when Bytes >= ?MUCH ->
-    {?URGENT_WRITES, turn(Turn)};
+    {?URGENT, turn(Turn)};
 urgency(_, {1, _}) ->
     process_flag(priority, normal),
     normal;
@@ -163,7 +172,7 @@ turn(0) ->
     process_flag(priority, normal),
     erlang:yield(),
     process_flag(priority, high),
-    ?WRITES_PER_TURN;
+    ?PER_TURN;
 turn(Turn) ->
     Turn - 1.
 
@@ -213,14 +222,14 @@ put_frames(Handle, Frames) ->
 keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
     case Frame of
         %% Held by the emulator until the message is whole. The last one may be too small to be
-        %% looked at: the last but one stands for the message, too.
+        %% looked at: the last but one stands for the message.
         <<?VERSION, Type, _Sequence:64, Number:64, _/binary>> when
             Type =:= ?FIRST_FRAGMENT; Type =:= ?FRAGMENT
         ->
             Weighed = Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame),
-            case Number > 2 of
-                true -> keep_pace(Frames, {Messages, Count, Weighed});
-                false -> keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed})
+            case Number of
+                2 -> keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed});
+                _ -> keep_pace(Frames, {Messages, Count, Weighed})
             end;
         _ ->
             keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)})

@@ -186,7 +186,6 @@ void mesh_link_describe_denial(const struct mesh *mesh, const char *source,
     }
 }
 
-/* |one| decides, or if NULL, |other|. */
 static void emit_denied(struct mesh *mesh, uint64_t id,
                         const struct meshx_failure *failure) {
     struct meshx_event event = {
@@ -195,6 +194,7 @@ static void emit_denied(struct mesh *mesh, uint64_t id,
     mesh_emit(mesh, &event);
 }
 
+/* |one| decides, or if NULL, |other|. */
 static void tell_denied(struct mesh_link *link, const char *source,
                         const char *destination, const struct document_intention *one,
                         const char *other) {
@@ -336,6 +336,9 @@ bool mesh_link_any(const struct mesh *mesh) {
 
 void mesh_link_up(struct mesh *mesh, struct mesh_request *request) {
     struct mesh_link *link = calloc(1, sizeof *link);
+    if (link == NULL && request->service_name == NULL) {
+        return; /* no intention counts for it */
+    }
     if (link == NULL) {
         struct meshx_failure failure;
         error_set(&failure, MESHX_ENOMEM, "out of memory, so no intention could cut it");

@@ -68,29 +68,30 @@ static bool is_loopback(const struct sock_address *address) {
     return ntohl(((const struct sockaddr_in *)storage)->sin_addr.s_addr) >> 24 == 127;
 }
 
-/* May a receive buffer be that large? Not told in network namespaces of older kernels. */
-static bool is_allowed(int size) {
+/* May a receive buffer be that large? 1, -1: no, 0: can't be told now. The file is not
+ * there in network namespaces of older kernels. */
+static int is_allowed(int size) {
     char text[32] = "";
     int fd = open("/proc/sys/net/core/rmem_max", O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
-        return false;
+        return errno == ENOENT ? -1 : 0;
     }
     ssize_t count = read(fd, text, sizeof text - 1);
     close(fd);
-    return count > 0 && strtol(text, NULL, 10) >= size;
+    return count > 0 && strtol(text, NULL, 10) >= size ? 1 : -1;
 }
 
-/* The options for a connection with |peer|. What lies in loopback's receive buffers,
- * which the kernel lets grow to many MiBs, is no sooner there, and small messages wait
- * behind it. Where a buffer of this size is not allowed it stays the kernel's: with a
- * smaller one they wait longer. */
-static struct sock_options options_for(const struct sock_address *peer,
+/* The options at |address|, of a listener or to connect to. What lies in loopback's
+ * receive buffers, which the kernel lets grow to many MiBs, is no sooner there, and small
+ * messages wait behind it. Where a buffer of this size is not allowed it stays the
+ * kernel's: with a smaller one they wait longer. */
+static struct sock_options options_for(const struct sock_address *address,
                                        const struct sock_options *options) {
-    static atomic_int allowed; /* 0: not known yet */
+    static atomic_int allowed; /* as is_allowed() tells */
     struct sock_options result = *options;
-    if (options->rcvbuf == -1 && is_loopback(peer)) {
+    if (options->rcvbuf == -1 && is_loopback(address)) {
         if (allowed == 0) {
-            allowed = is_allowed(LOOPBACK_BUFFER) ? 1 : -1;
+            allowed = is_allowed(LOOPBACK_BUFFER);
         }
         result.rcvbuf = allowed == 1 ? LOOPBACK_BUFFER : -1;
     }
@@ -143,7 +144,8 @@ int sock_listen(const struct sock_address *address, const struct sock_options *o
     if (result != 0) {
         return result;
     }
-    result = set_options(fd, family, options);
+    const struct sock_options all = options_for(address, options);
+    result = set_options(fd, family, &all);
     if (result == 0) {
         result = set_option(fd, SOL_SOCKET, SO_REUSEADDR, options->reuseaddr);
     }
@@ -201,8 +203,7 @@ int sock_accept(int listener, const struct sock_options *options, int *out,
     if (fd < 0) {
         return last_error();
     }
-    const struct sock_options all = options_for(&from, options);
-    int result = set_options(fd, from.storage.ss_family, &all);
+    int result = set_options(fd, from.storage.ss_family, options);
     if (result != 0) {
         close(fd);
         return result;

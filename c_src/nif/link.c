@@ -44,8 +44,8 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* What a frame costs beside its bytes, in bytes. */
 #define BYTES_PER_FRAME ((size_t)256)
 
-/* Reads that find nothing before the caller is to wait for more, on a link where several
- * frames came together. */
+/* Reads that leave nothing behind before the caller is to wait for more, on a link where
+ * several frames came together. */
 #define EMPTY_READS 4
 
 static const uint8_t zeros[FRAME_DISTRIBUTION];

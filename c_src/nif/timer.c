@@ -1,6 +1,6 @@
 /*
- * Timers: see timer.h. The descriptor is closed by the stop callback that the owner's
- * death asks for, or, if it was never waited for, with the resource.
+ * Timers: see timer.h. The owner's death closes the descriptor; if the term is collected
+ * before that and nothing waits for it, the resource's end does.
  */
 #include "timer.h"
 #include <errno.h>
@@ -41,7 +41,7 @@ static void on_down(ErlNifEnv *env, void *object, ErlNifPid *pid,
     int stopped = enif_select(env, fd, ERL_NIF_SELECT_STOP, timer, NULL, am_undefined);
     if (stopped < 0 ||
         (stopped & (ERL_NIF_SELECT_STOP_CALLED | ERL_NIF_SELECT_STOP_SCHEDULED)) == 0) {
-        close(fd); /* it was never selected, so no stop callback comes */
+        close(fd); /* no stop callback comes */
     }
 }
 
