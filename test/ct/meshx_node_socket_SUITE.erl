@@ -32,6 +32,8 @@
     accepts_a_connection/1,
     connect_to_nobody_is_refused/1,
     options_can_be_set_and_read/1,
+    timers_tell_their_owner/1,
+    timers_go_with_their_owner/1,
     garbage_arguments_are_badarg/1
 ]).
 
@@ -296,6 +298,54 @@ options_can_be_set_and_read(Config) ->
         {error, {badopts, [{active, true}]}}, meshx_node_options:set(Link, [{active, true}])
     ),
     ?assertEqual({error, einval}, meshx_node_options:set(Link, [{no_such_option, 1}])).
+
+%% ---- timers ----
+
+timers_tell_their_owner(_Config) ->
+    {ok, Timer} = meshx_node_nif:timer(),
+    [
+        begin
+            ok = meshx_node_nif:timer_start(Timer, Microseconds),
+            receive
+                {select, Timer, undefined, ready_input} -> ok
+            after 10000 -> ct:fail({not_told_after, Microseconds})
+            end
+        end
+     || Microseconds <- [1, 64, 64, 2000, 1100000]
+    ],
+    ?assertError(badarg, meshx_node_nif:timer_start(Timer, 0)),
+    Self = self(),
+    spawn_link(fun() -> Self ! {other, catch meshx_node_nif:timer_start(Timer, 64)} end),
+    receive
+        {other, Result} -> ?assertMatch({'EXIT', {badarg, _}}, Result)
+    end.
+
+%% Whether never started, under way or expired.
+timers_go_with_their_owner(_Config) ->
+    Before = timer_descriptors(),
+    {Owner, Monitor} = spawn_monitor(fun() ->
+        Timers = [
+            begin
+                {ok, Timer} = meshx_node_nif:timer(),
+                Time =:= none orelse (ok = meshx_node_nif:timer_start(Timer, Time)),
+                Timer
+            end
+         || Time <- [none, 1, 3600000000], _ <- lists:seq(1, 20)
+        ],
+        receive
+            stop -> Timers
+        end
+    end),
+    meshx_ct:wait("the timers", fun() -> timer_descriptors() =:= Before + 60 end),
+    Owner ! stop,
+    receive
+        {'DOWN', Monitor, process, Owner, normal} -> ok
+    end,
+    meshx_ct:wait("their end", fun() -> timer_descriptors() =:= Before end).
+
+timer_descriptors() ->
+    {ok, Names} = file:list_dir("/proc/self/fd"),
+    length([Name || Name <- Names, {ok, "anon_inode:[timerfd]"} =:= file:read_link(filename:join("/proc/self/fd", Name))]).
 
 garbage_arguments_are_badarg(Config) ->
     {Link, _} = link_pair(Config),
