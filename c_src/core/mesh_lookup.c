@@ -251,16 +251,15 @@ static void on_allowed_back(const struct meshx_failure *failure, bool allowed,
                      request->mesh->config.values.service_name);
 }
 
-/* One direction. What we know saves the question if it allows it; a denial may have been
- * taken back a moment ago, and who only asks wants to know how it is now. */
-static bool ask_direction(struct mesh_request *request, const char *source,
+/* One direction. What we know saves the question if it is |good| and allows it; a denial
+ * may have been taken back a moment ago. */
+static bool ask_direction(struct mesh_request *request, bool good, const char *source,
                           const char *destination, consul_allowed_done done) {
     struct mesh *mesh = request->mesh;
     const struct document_intention *decides = NULL;
     request->lookups++;
-    if (request->kind != MESH_REQUEST_ASK && mesh_intention_is_current(mesh) &&
-        mesh_intention_verdict(mesh, source, destination, &decides) ==
-            MESH_VERDICT_ALLOW) {
+    if (good && mesh_intention_verdict(mesh, source, destination, &decides) ==
+                    MESH_VERDICT_ALLOW) {
         done(NULL, true, request);
         return true;
     }
@@ -272,22 +271,31 @@ static bool ask_direction(struct mesh_request *request, const char *source,
 }
 
 /* Both directions, since a link carries both ways, or the one in which it is dialed. */
-static bool ask_intentions(struct mesh_request *request) {
+static bool ask_intentions(struct mesh_request *request, bool good) {
     const struct mesh *mesh = request->mesh;
     const char *ours = mesh->config.values.service_name;
     const char *theirs = request->service_name;
     bool both = !mesh->config.values.dial_direction_only;
     bool accepts = request->kind == MESH_REQUEST_ACCEPT;
-    return (!(both || !accepts) || ask_direction(request, ours, theirs, on_allowed)) &&
-           (!(both || accepts) || ask_direction(request, theirs, ours, on_allowed_back));
+    return (!(both || !accepts) ||
+            ask_direction(request, good, ours, theirs, on_allowed)) &&
+           (!(both || accepts) ||
+            ask_direction(request, good, theirs, ours, on_allowed_back));
 }
 
-/* All that is to be asked about intentions, at once or when they are known. */
+/* All that is to be asked about intentions, at once or when they are known: who only asks
+ * wants to know how it is now. */
 static void judge_intentions(struct mesh_request *request) {
-    if (request->kind != MESH_REQUEST_ASK && mesh_intention_is_coming(request->mesh)) {
+    struct mesh *mesh = request->mesh;
+    bool asks = request->kind == MESH_REQUEST_ASK;
+    if (!asks && mesh->intentions.known && !mesh_intention_is_current(mesh)) {
+        mesh_intention_refresh(
+            mesh); /* not watched for a moment: once for all requests */
+    }
+    if (!asks && mesh_intention_is_coming(mesh)) {
         request->parked = true;
         request->lookups++;
-    } else if (!ask_intentions(request)) {
+    } else if (!ask_intentions(request, !asks && mesh_intention_is_current(mesh))) {
         mesh_upstream_out_of_memory(request);
     }
 }
@@ -304,8 +312,9 @@ void mesh_lookup_unpark(struct mesh *mesh) {
     struct mesh_request *request;
     while (!mesh_intention_is_coming(mesh) && (request = next_parked(mesh)) != NULL) {
         request->parked = false;
-        if (!request->answered) {
-            judge_intentions(request);
+        /* What is known now is good, even if for a moment no change would be told. */
+        if (!request->answered && !ask_intentions(request, true)) {
+            mesh_upstream_out_of_memory(request);
         }
         mesh_upstream_looked_up(request);
     }

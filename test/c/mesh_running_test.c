@@ -53,37 +53,54 @@ static void register_with_sidecar(const char *name) {
                    "\"Status\":\"passing\"}");
 }
 
+static void deregister_with_sidecar(const char *name) {
+    char sidecar[128];
+    snprintf(sidecar, sizeof sidecar, "%.100s-sidecar-proxy", name);
+    deregister_other(name);
+    deregister_other(sidecar);
+}
+
+enum { BURST = 100 };
+
+static void dial_all(struct node *node, char names[BURST][40], uint16_t ports[BURST]) {
+    static uint64_t request = 100;
+    for (uint64_t i = 0; i < BURST; i++) {
+        assert_int_equal(meshx_mesh_upstream(node->mesh, request + i, names[i], names[i],
+                                             names[i], MESHX_UPSTREAM_DIAL),
+                         MESHX_OK);
+    }
+    for (uint64_t i = 0; i < BURST; i++) {
+        const struct node_event *answer =
+            node_wait(node, MESHX_EVENT_UPSTREAM, request + i, NULL);
+        assert_int_equal(answer->code, MESHX_OK);
+        ports[i] = answer->port;
+    }
+    request += BURST;
+}
+
 /* Nor other requests: their number doesn't grow with that of the upstreams. */
 static void a_burst_of_upstreams_takes_few_registrations(void **state) {
-    enum { COUNT = 100, REQUESTS = 30 };
+    enum { REQUESTS = 30 };
     struct node *node = node_start(*state, shared_agent, "burst@test");
-    char names[COUNT][40];
-    uint16_t ports[COUNT];
+    char names[BURST][40];
+    uint16_t ports[BURST];
     struct timespec begin;
     struct timespec end;
-    for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < BURST; i++) {
         snprintf(names[i], sizeof names[i], "target%d@test", i);
         register_with_sidecar(names[i]);
     }
     const uint64_t before = node_info(node)->info.requests;
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    for (int i = 0; i < COUNT; i++) {
-        assert_int_equal(meshx_mesh_upstream(node->mesh, 100 + (uint64_t)i, names[i],
-                                             names[i], names[i], MESHX_UPSTREAM_DIAL),
-                         MESHX_OK);
-    }
-    for (int i = 0; i < COUNT; i++) {
-        const struct node_event *answer =
-            node_wait(node, MESHX_EVENT_UPSTREAM, 100 + (uint64_t)i, NULL);
-        assert_int_equal(answer->code, MESHX_OK);
-        ports[i] = answer->port;
+    dial_all(node, names, ports);
+    for (int i = 0; i < BURST; i++) {
         for (int j = 0; j < i; j++) {
             assert_int_not_equal(ports[i], ports[j]);
         }
     }
     clock_gettime(CLOCK_MONOTONIC, &end);
     const struct meshx_info info = node_info(node)->info;
-    assert_int_equal(info.upstream_count, COUNT);
+    assert_int_equal(info.upstream_count, BURST);
     assert_in_range(info.requests, before + 1, before + REQUESTS);
     /* The first had none of them, and one or two had all; one more for each 200 ms in
      * which an agent on a loaded machine may have answered nothing. */
@@ -94,13 +111,32 @@ static void a_burst_of_upstreams_takes_few_registrations(void **state) {
     char *body = NULL;
     agent_request(shared_agent, "GET", path_of(SERVICE "-sidecar-proxy", "burst@test"),
                   NULL, &body);
-    for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < BURST; i++) {
         assert_non_null(strstr(body, names[i]));
-        deregister_other(names[i]);
-        strcat(names[i], "-sidecar-proxy");
-        deregister_other(names[i]);
+        deregister_with_sidecar(names[i]);
     }
     free(body);
+    node_free(node);
+}
+
+/* Twice in a moment, so that no blocking query is under way just then. */
+static void nor_does_one_after_a_change_of_intentions(void **state) {
+    enum { REQUESTS = 30 };
+    struct node *node = node_start(*state, shared_agent, "burst@test");
+    char names[BURST][40];
+    uint16_t ports[BURST];
+    for (int i = 0; i < BURST; i++) {
+        snprintf(names[i], sizeof names[i], "target%d@test", i);
+        register_with_sidecar(names[i]);
+    }
+    dial_all(node, names, ports);
+    allow_again(deny("burst@test", "stranger@test"));
+    const uint64_t before = node_info(node)->info.requests;
+    dial_all(node, names, ports);
+    assert_in_range(node_info(node)->info.requests, before + 1, before + REQUESTS);
+    for (int i = 0; i < BURST; i++) {
+        deregister_with_sidecar(names[i]);
+    }
     node_free(node);
 }
 
@@ -401,6 +437,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(data_passes_both_sidecars),
         TEST(a_burst_of_upstreams_takes_few_registrations),
+        TEST(nor_does_one_after_a_change_of_intentions),
         TEST(each_refusal_says_why_and_leaves_no_upstream),
         TEST(a_refused_registration_fails_its_requests_only),
         TEST(requests_before_ready_wait_for_it),
