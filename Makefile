@@ -91,7 +91,7 @@ $(BUILD)/fuzz/fuzz/%.o: test/fuzz/%.c $(CONFIG)
 	@mkdir -p $(@D)
 	@echo '  CC  $@'
 	$(Q)$(CC_fuzz) $(CFLAGS_fuzz) $(CFLAGS_all) $(ERL_CFLAGS) -Ic_src/nif -MMD -MP -c $< -o $@
-$(BUILD)/fuzz/libmeshx_fuzz.a: $(FUZZ_SUPPORT:test/fuzz/%.c=$(BUILD)/fuzz/fuzz/%.o) $(BUILD)/fuzz/nif/terms.o test/fuzz
+$(BUILD)/fuzz/libmeshx_fuzz.a: $(FUZZ_SUPPORT:test/fuzz/%.c=$(BUILD)/fuzz/fuzz/%.o) $(BUILD)/fuzz/nif/terms.o $(BUILD)/fuzz/nif/link_reader.o test/fuzz
 	@rm -f $@
 	$(Q)$(AR) rcs $@ $(filter %.o,$^)
 $(BUILD)/fuzz/fuzz/%_fuzz: $(BUILD)/fuzz/fuzz/%_fuzz.o $(BUILD)/fuzz/libmeshx_fuzz.a $(BUILD)/fuzz/libmeshx_core.a

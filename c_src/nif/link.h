@@ -11,6 +11,16 @@
 
 #include "socket.h"
 
+/* Bytes that count as a whole time slice (1 ms at about 2 GB/s of copying). */
+#define LINK_BYTES_PER_TIMESLICE ((size_t)2 * 1024 * 1024)
+
+/* Of the caller's time slice, what |bytes| that were moved have cost. */
+static inline void link_consume_timeslice(ErlNifEnv *env, size_t bytes) {
+    size_t percent = bytes * 100 / LINK_BYTES_PER_TIMESLICE;
+
+    enif_consume_timeslice(env, percent < 1 ? 1 : percent > 100 ? 100 : (int)percent);
+}
+
 /* Frees all input that is not yet delivered. For the last user of |socket|. */
 void link_reader_free(struct socket *socket);
 
@@ -20,6 +30,5 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_write(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_flush(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_tick(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
-ERL_NIF_TERM nif_statistics(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 
 #endif

@@ -112,6 +112,7 @@ static ERL_NIF_TERM socket_new(ErlNifEnv *env, int fd) {
     memset(socket, 0, sizeof *socket);
     socket->fd = fd;
     socket->header = FRAME_HANDSHAKE;
+    socket->reader.low_water = 1;
     socket->read = enif_mutex_create(read_lock_name);
     socket->write = enif_mutex_create(write_lock_name);
     enif_self(env, &socket->owner);
@@ -244,7 +245,7 @@ ERL_NIF_TERM nif_accept(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     enif_mutex_lock(listener->read);
     if (listener->fd < 0) {
         enif_mutex_unlock(listener->read);
-        return enif_make_tuple2(env, am_error, am_closed);
+        return terms_error_closed(env);
     }
     rc = sock_accept(listener->fd, &options, &fd, &peer);
     if (rc == -EAGAIN) {
@@ -317,7 +318,7 @@ ERL_NIF_TERM nif_connected(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     enif_mutex_lock(socket->write);
     if (socket->fd < 0) {
         enif_mutex_unlock(socket->write);
-        return enif_make_tuple2(env, am_error, am_closed);
+        return terms_error_closed(env);
     }
     rc = sock_connected(socket->fd);
     if (rc == -EINPROGRESS && enif_select(env, socket->fd, ERL_NIF_SELECT_WRITE, socket,
@@ -358,7 +359,7 @@ ERL_NIF_TERM nif_controlling_process(ErlNifEnv *env, int argc,
         /* No down message comes for a process already dead. */
         close_of(env, socket, &pid);
     }
-    return open && alive ? am_ok : enif_make_tuple2(env, am_error, am_closed);
+    return open && alive ? am_ok : terms_error_closed(env);
 }
 
 /* address(Socket, local | peer) -> {ok, {Ip, Port}} | {error, Posix | closed} */
@@ -382,8 +383,7 @@ ERL_NIF_TERM nif_address(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     }
     enif_mutex_unlock(socket->read);
     if (rc != 0) {
-        return rc == -EBADF ? enif_make_tuple2(env, am_error, am_closed)
-                            : terms_error_errno(env, -rc);
+        return rc == -EBADF ? terms_error_closed(env) : terms_error_errno(env, -rc);
     }
     return enif_make_tuple2(env, am_ok, make_address(env, &address));
 }
@@ -406,7 +406,7 @@ static int get_ends(struct socket *socket, struct sock_address *local,
 
 static ERL_NIF_TERM make_peer_uid(ErlNifEnv *env, int rc, uid_t uid) {
     if (rc == -EBADF) {
-        return enif_make_tuple2(env, am_error, am_closed);
+        return terms_error_closed(env);
     }
     if (rc != 0) {
         return terms_error_errno(env, rc == -ENOTCONN ? ENOENT : -rc);
@@ -536,7 +536,7 @@ ERL_NIF_TERM nif_setopt(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
                                                                           : errno;
     enif_mutex_unlock(socket->write);
     if (rc == EBADF) {
-        return enif_make_tuple2(env, am_error, am_closed);
+        return terms_error_closed(env);
     }
     return rc == 0 ? am_ok : terms_error_errno(env, rc);
 }
@@ -563,8 +563,24 @@ ERL_NIF_TERM nif_getopt(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
                                                                    : errno;
     enif_mutex_unlock(socket->write);
     if (rc == EBADF) {
-        return enif_make_tuple2(env, am_error, am_closed);
+        return terms_error_closed(env);
     }
     return rc == 0 ? enif_make_tuple2(env, am_ok, enif_make_int(env, value))
                    : terms_error_errno(env, rc);
+}
+
+/* statistics(Link) -> {FramesIn, FramesOut, BytesIn, BytesOut, BytesPending}; takes no
+ * lock. */
+ERL_NIF_TERM nif_statistics(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct socket *socket = socket_get(env, argv[0]);
+
+    (void)argc;
+    if (socket == NULL) {
+        return enif_make_badarg(env);
+    }
+    return enif_make_tuple5(env, enif_make_uint64(env, atomic_load(&socket->frames_in)),
+                            enif_make_uint64(env, atomic_load(&socket->frames_out)),
+                            enif_make_uint64(env, atomic_load(&socket->bytes_in)),
+                            enif_make_uint64(env, atomic_load(&socket->bytes_out)),
+                            enif_make_uint64(env, atomic_load(&socket->bytes_pending)));
 }

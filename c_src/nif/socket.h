@@ -38,6 +38,7 @@ struct socket {
         size_t filled;        /* bytes of it that have come */
         bool bulk;            /* much has come lately: the next stage is the large kind */
         unsigned empty_reads; /* left until the caller is to wait */
+        int low_water;        /* bytes that make the socket readable */
     } reader;
 
     struct {               /* guarded by |write| */
@@ -73,5 +74,6 @@ ERL_NIF_TERM nif_address(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_close(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_setopt(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 ERL_NIF_TERM nif_getopt(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
+ERL_NIF_TERM nif_statistics(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]);
 
 #endif

@@ -37,6 +37,10 @@ ERL_NIF_TERM terms_text(ErlNifEnv *env, const char *text) {
     return term;
 }
 
+ERL_NIF_TERM terms_error_closed(ErlNifEnv *env) {
+    return enif_make_tuple2(env, am_error, am_closed);
+}
+
 ERL_NIF_TERM terms_failure(ErlNifEnv *env, const struct meshx_failure *failure) {
     if (failure == NULL) {
         return am_undefined;

@@ -38,6 +38,9 @@ void terms_init(ErlNifEnv *env);
 /* {error, Atom} for a positive errno: its POSIX name in lower case (econnrefused). */
 ERL_NIF_TERM terms_error_errno(ErlNifEnv *env, int error_number);
 
+/* {error, closed}. */
+ERL_NIF_TERM terms_error_closed(ErlNifEnv *env);
+
 /* The lower-case POSIX name of |error_number| as an atom. */
 ERL_NIF_TERM terms_errno(ErlNifEnv *env, int error_number);
 

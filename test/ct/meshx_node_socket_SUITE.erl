@@ -17,6 +17,8 @@
     refuses_a_frame_longer_than_allowed/1,
     refuses_a_packet_longer_than_allowed/1,
     does_not_allocate_for_a_length_alone/1,
+    is_not_woken_before_a_frame_is_whole/1,
+    is_woken_by_the_end_within_a_frame/1,
     writes_what_is_asked_in_order/1,
     writes_to_a_slow_reader_lose_nothing/1,
     writes_frames_of_very_many_pieces/1,
@@ -139,6 +141,38 @@ does_not_allocate_for_a_length_alone(Config) ->
     catch
         error:notsup -> {skip, "the emulator does not count its memory"}
     end.
+
+%% Proxies cut large frames into many pieces, and each wake-up costs two switches of threads.
+is_not_woken_before_a_frame_is_whole(Config) ->
+    {Link, Peer} = link_pair(Config),
+    [
+        begin
+            Frame = bytes(Size),
+            <<First:5000/binary, Second:5000/binary, Third/binary>> = <<Size:32, Frame/binary>>,
+            await_more(Link, Peer, First),
+            await_nothing(Link),
+            ok = gen_tcp:send(Peer, Second),
+            receive
+                {select, Link, _, ready_input} -> ct:fail({woken_within_a_frame_of, Size})
+            after 200 -> ok
+            end,
+            ok = gen_tcp:send(Peer, Third),
+            await_input(Link, wait),
+            ?assert([Frame] =:= read_frames(Link, 1)),
+            %% And again by little.
+            await_more(Link, Peer, <<2:32, "ok">>),
+            ?assertEqual([<<"ok">>], read_frames(Link, 1))
+        end
+     || Size <- [15000, 65000, 70000, 400000]
+    ].
+
+is_woken_by_the_end_within_a_frame(Config) ->
+    {Link, Peer} = link_pair(Config),
+    await_more(Link, Peer, <<70000:32, (bytes(5000))/binary>>),
+    await_nothing(Link),
+    ok = gen_tcp:close(Peer),
+    await_input(Link, wait),
+    ?assertEqual({error, closed}, read_to_end(Link)).
 
 %% ---- writing ----
 
@@ -394,6 +428,19 @@ read_frames(Link, Count) when Count > 0 ->
         Left ->
             await_input(Link, Status),
             Frames ++ read_frames(Link, Left)
+    end.
+
+%% Sends Bytes to a link that waits, and waits until it is told.
+await_more(Link, Peer, Bytes) ->
+    await_nothing(Link),
+    ok = gen_tcp:send(Peer, Bytes),
+    await_input(Link, wait).
+
+%% Nothing more can be read, and a message will tell when that changes.
+await_nothing(Link) ->
+    case meshx_node_nif:read(Link) of
+        {wait, []} -> ok;
+        {more, []} -> await_nothing(Link)
     end.
 
 %% Reads until Bytes more have been taken from the socket.

@@ -25,7 +25,7 @@ static struct {
 
 static ssize_t fuzz_recvmsg(int fd, struct msghdr *message, int flags);
 #define recvmsg fuzz_recvmsg
-#include "link.c"
+#include "link_reader.c"
 #undef recvmsg
 
 /* The peer's next bytes. */

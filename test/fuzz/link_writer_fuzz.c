@@ -28,7 +28,7 @@ static ssize_t fuzz_sendmsg(int fd, const struct msghdr *message, int flags);
 static ssize_t fuzz_send(int fd, const void *bytes, size_t size, int flags);
 #define sendmsg fuzz_sendmsg
 #define send fuzz_send
-#include "link.c"
+#include "link_writer.c"
 #undef send
 #undef sendmsg
 
