@@ -1,8 +1,8 @@
 /*
- * As much of the emulator's NIF interface as c_src/nif's two link_ files use, so that each
- * runs in a fuzz target. Stricter than the emulator: memory of an environment is gone as
- * soon as it is cleared, and binaries are as long as was asked for, so AddressSanitizer
- * sees what the emulator would let pass.
+ * As much of the emulator's NIF interface as c_src/nif's two link_ files use, so that
+ * each runs in a fuzz target. Stricter than the emulator: memory of an environment is
+ * gone as soon as it is cleared, and binaries are as long as was asked for, so
+ * AddressSanitizer sees what the emulator would let pass.
  */
 #ifndef MESHX_TEST_EMULATOR_H
 #define MESHX_TEST_EMULATOR_H
