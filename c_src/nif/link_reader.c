@@ -35,8 +35,7 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* Reads that leave nothing behind before the caller is to wait for more, on a link where
  * several frames came together. */
 #define EMPTY_READS 4
-/* Bytes whose wait is worth a system call, and a half of the smallest receive buffer that
- * Linux has by default. */
+/* Bytes whose wait is worth a system call, and no more than the emulator's fragments. */
 #define LOW_WATER_MIN 4096
 #define LOW_WATER_MAX ((size_t)64 * 1024)
 
@@ -234,18 +233,25 @@ static void shrink(struct socket *socket) {
 }
 
 /* Nothing can be delivered before the frame under way is whole, so nobody is woken
- * before: proxies send a large one in many pieces. */
+ * before: proxies send a large one in many pieces. Less than a small receive buffer
+ * holds: before Linux 5.12 a full one woke nobody (tcp_epollin_ready() in net/ipv4). */
 static void await_frame(struct socket *socket, size_t need) {
     size_t missing = socket->reader.large_size > 0
                          ? socket->reader.large_size - socket->reader.filled
                      : need > 0 ? need - (socket->reader.end - socket->reader.start)
                                 : 1;
     int low_water = (int)(missing < LOW_WATER_MAX ? missing : LOW_WATER_MAX);
+    int buffer = 0;
+    socklen_t size = sizeof buffer;
 
     low_water = low_water < LOW_WATER_MIN ? 1 : low_water;
-    if (low_water != socket->reader.low_water &&
-        setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) ==
-            0) {
+    if (low_water == socket->reader.low_water ||
+        getsockopt(socket->fd, SOL_SOCKET, SO_RCVBUF, &buffer, &size) != 0) {
+        return;
+    }
+    low_water = low_water < buffer / 4 ? low_water : buffer / 4;
+    if (setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) ==
+        0) {
         socket->reader.low_water = low_water;
     }
 }

@@ -19,6 +19,7 @@
     does_not_allocate_for_a_length_alone/1,
     is_not_woken_before_a_frame_is_whole/1,
     is_woken_by_the_end_within_a_frame/1,
+    reads_frames_longer_than_its_receive_buffer/1,
     writes_what_is_asked_in_order/1,
     writes_to_a_slow_reader_lose_nothing/1,
     writes_frames_of_very_many_pieces/1,
@@ -173,6 +174,16 @@ is_woken_by_the_end_within_a_frame(Config) ->
     ok = gen_tcp:close(Peer),
     await_input(Link, wait),
     ?assertEqual({error, closed}, read_to_end(Link)).
+
+reads_frames_longer_than_its_receive_buffer(Config) ->
+    {Link, Peer} = link_pair(Config),
+    Frames = [bytes(Size) || Size <- [70000, 5000, 65000]],
+    <<First:5000/binary, Rest/binary>> = <<<<(byte_size(F)):32, F/binary>> || F <- Frames>>,
+    await_more(Link, Peer, First),
+    await_nothing(Link),
+    ok = meshx_node_options:set(Link, [{recbuf, 8192}]),
+    spawn_link(fun() -> ok = gen_tcp:send(Peer, Rest) end),
+    ?assert(Frames =:= read_frames(Link, length(Frames))).
 
 %% ---- writing ----
 
