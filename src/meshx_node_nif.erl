@@ -1,6 +1,6 @@
 %% The NIF library's functions, as they are: types, how it is loaded, no policy.
 %%
-%% Sockets: c_src/nif/socket.h (life, owner, locks), c_src/nif/link.c (framed input and output).
+%% Sockets: c_src/nif/socket.h (life, owner, locks), c_src/nif/link.h (framed input and output).
 %% Node services: c_src/nif/mesh.h (events), include/meshx_node.h (what they mean).
 -module(meshx_node_nif).
 

@@ -77,6 +77,9 @@ static void finish(struct mesh *mesh) {
     all->known = !all->incomplete && !again;
     all->again = false;
     if (!mesh_is_running(mesh)) {
+        if (mesh->state == MESHX_STATE_READY) { /* draining: requests are answered */
+            mesh_lookup_unpark(mesh);
+        }
         return;
     }
     if (again) {

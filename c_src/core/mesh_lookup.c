@@ -288,9 +288,9 @@ static bool ask_intentions(struct mesh_request *request, bool good) {
 static void judge_intentions(struct mesh_request *request) {
     struct mesh *mesh = request->mesh;
     bool asks = request->kind == MESH_REQUEST_ASK;
-    if (!asks && mesh->intentions.known && !mesh_intention_is_current(mesh)) {
-        mesh_intention_refresh(
-            mesh); /* not watched for a moment: once for all requests */
+    if (!asks && mesh_is_running(mesh) && mesh->intentions.known &&
+        !mesh_intention_is_current(mesh)) {
+        mesh_intention_refresh(mesh); /* not watched just now: once for all requests */
     }
     if (!asks && mesh_intention_is_coming(mesh)) {
         request->parked = true;

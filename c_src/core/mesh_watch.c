@@ -132,6 +132,11 @@ static bool answered(struct mesh_query *query, const struct meshx_failure *failu
     query->asked = false;
     query->waiting = false;
     if (!mesh_is_running(query->mesh)) {
+        if (query->kind == MESH_QUERY_INTENTIONS &&
+            query->mesh->state == MESHX_STATE_READY) {
+            query->mesh->intentions.known = false; /* not watched any more */
+            mesh_lookup_unpark(query->mesh);
+        }
         return false;
     }
     query->active = true;

@@ -287,6 +287,24 @@ static void every_allocation_may_fail(void **state) {
     node_free(listener);
 }
 
+/* Its intentions are not watched any more, but asked for. */
+static void a_draining_node_answers(void **state) {
+    struct node *listener = node_new(shared_agent, "unused@test");
+    struct node *node =
+        start_without_sidecar(*state, listener, shared_agent, "drainer@test");
+    register_other("peer@test", "peer@test", "peer@test", "\"Port\":1");
+    link_up(node, 1, "peer@test", true);
+    await_requests(node, 4);
+    meshx_mesh_drain(node->mesh);
+    node_wait(node, MESHX_EVENT_DRAINED, 0, NULL);
+    allow_again(deny("drainer@test", "stranger@test"));
+    sleep(1); /* the blocking query has been answered, and isn't sent again */
+    assert_int_equal(node_accept(node, "peer@test", "peer@test")->code, MESHX_OK);
+    deregister_other("peer@test");
+    node_free(node);
+    node_free(listener);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(links_cost_no_requests),
@@ -297,6 +315,7 @@ int main(void) {
         TEST(an_agent_that_returns_is_noticed_at_once),
         TEST(a_stop_waits_for_no_query),
         TEST(the_end_of_a_link_needs_no_memory),
+        TEST(a_draining_node_answers),
         TEST(every_allocation_may_fail),
     };
     return RUN_TESTS(tests);

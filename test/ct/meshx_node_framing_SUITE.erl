@@ -12,9 +12,11 @@
 -import(proper_types, [list/1, non_empty/1, oneof/1, frequency/1, range/2]).
 -import(meshx_ct_link, [written/2, bytes/2]).
 
-%% c_src/nif/link.c: FRAMES_PER_READ, BYTES_PER_READ and STAGE_BULK, WRITES_PER_CALL, PIECES_MAX.
+%% c_src/nif/link_reader.c: FRAMES_PER_READ, BYTES_PER_READ and STAGE_BULK, LOW_WATER_MIN.
+%% c_src/nif/link_writer.c: WRITES_PER_CALL, PIECES_MAX.
 -define(FRAMES_PER_READ, 512).
 -define(BYTES_PER_READ, (64 + 256) * 1024).
+-define(LOW_WATER_MIN, 4096).
 -define(WRITES_PER_CALL, 8).
 -define(PIECES, 1024).
 
@@ -94,7 +96,8 @@ delivered({Packets, Frames, Cuts, Pace}) ->
     try
         Sender = spawn_link(fun() -> send_writes(Peer) end),
         Begin = input(Link, {more, length(Packets), []}),
-        {wait, 0, Read} = deliver(Pace, Link, Sender, cut(Stream, Cuts, []), Begin),
+        Ends = ends([2 + Size || Size <- Packets] ++ [4 + Size || Size <- Frames]),
+        {wait, 0, Read} = deliver(Pace, Link, Sender, cut(Stream, Cuts, []), Ends, Begin),
         Statistics = {length(Packets) + length(Frames), 0, byte_size(Stream), 0, 0},
         lists:append(lists:reverse(Read)) =:= PacketData ++ not_empty(FrameData) andalso
             meshx_node_nif:statistics(Link) =:= Statistics
@@ -102,20 +105,33 @@ delivered({Packets, Frames, Cuts, Pace}) ->
         close(Link, Peer)
     end.
 
+%% The offsets in the stream at which frames of these sizes end, with these.
+ends(Sizes) ->
+    {Ends, _} = lists:mapfoldl(fun(Size, At) -> {{At + Size, Size}, At + Size} end, 0, Sizes),
+    Ends.
+
 %% lockstep: what can be delivered of each write is, and the link waits, before the next one.
-deliver(lockstep, Link, Sender, Writes, Begin) ->
+deliver(lockstep, Link, Sender, Writes, Ends, Begin) ->
     {End, _} = lists:foldl(
         fun(Write, {State, Before}) ->
             Sender ! {send, Write},
-            {take(Link, Before + byte_size(Write), State), Before + byte_size(Write)}
+            After = Before + byte_size(Write),
+            {take(Link, target(After, Ends), State), After}
         end,
-        {take(Link, 0, Begin), 0},
+        {take(Link, {bytes, 0}, Begin), 0},
         Writes
     ),
     End;
-deliver(free, Link, Sender, Writes, Begin) ->
+deliver(free, Link, Sender, Writes, _Ends, Begin) ->
     _ = [Sender ! {send, Write} || Write <- Writes],
-    take(Link, iolist_size(Writes), Begin).
+    take(Link, {bytes, iolist_size(Writes)}, Begin).
+
+%% What of the stream's first bytes a link reads: all, but for a long frame that isn't whole.
+target(Bytes, Ends) ->
+    case lists:splitwith(fun({End, _}) -> End =< Bytes end, Ends) of
+        {Whole, [{_, Size} | _]} when Size >= ?LOW_WATER_MIN -> {frames, length(Whole)};
+        _ -> {bytes, Bytes}
+    end.
 
 send_writes(Peer) ->
     receive
@@ -124,16 +140,19 @@ send_writes(Peer) ->
             send_writes(Peer)
     end.
 
-%% Reads as a controller does, after `wait' only when told, until Target bytes have been taken from
-%% the socket and the link waits.
+%% Reads as a controller does, after `wait' only when told, until as much as Target says has been
+%% taken from the socket and the link waits.
 take(Link, Target, {wait, _, _} = State) ->
-    case meshx_node_nif:statistics(Link) of
-        {_, _, Target, _, _} ->
+    {Frames, _, Bytes, _, _} = meshx_node_nif:statistics(Link),
+    case Target of
+        {frames, Frames} ->
+            State;
+        {bytes, Bytes} ->
             State;
         _ ->
             receive
                 {select, Link, _, ready_input} -> take(Link, Target, setelement(1, State, more))
-            after ?PATIENCE -> error({no_input, State, meshx_node_nif:statistics(Link)})
+            after ?PATIENCE -> error({no_input, Target, State, Frames, Bytes})
             end
     end;
 take(Link, Target, {more, Packets, Read}) ->
