@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define VM_CHECK "\"Port\":1,\"Check\":{\"Name\":\"Erlang VM\",\"TTL\":\"10m\"}"
 
