@@ -1,9 +1,10 @@
 /*
  * A link's input: see link.h; fields and locks are in socket.h.
  *
- * It reads into a stage, memory of the link's own, and delivers every whole frame in it
- * as a binary of its own: a receiver that keeps a message pins nothing but that. Only a
- * frame over 64 KiB, part of a large message, is read into its binary directly. Only real
+ * It reads into a stage, memory of the link's own, and copies the whole frames in it: a
+ * receiver that keeps a message pins nothing of the stage. Small frames share a binary,
+ * a few at a time. Only a frame over 64 KiB, part of a large message, is read into its
+ * binary directly. Only real
  * binaries may reach dist_ctrl_put_data: the emulator's decoder aborts on those of
  * enif_make_resource_binary.
  */
@@ -30,6 +31,13 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* Read together with a large frame's end: enough for the next one's header, or for many
  * small frames. */
 #define READ_AHEAD ((size_t)4 * 1024)
+/* Frames up to this size share a binary with those that follow at once: of four times the
+ * smallest one's size, or of so many bytes. That saves allocations, which cost more than
+ * the copy since another scheduler frees them. Not more share one, since a message keeps
+ * it as long as it waits in a mailbox; once it is decoded, the emulator keeps no more than
+ * four times a binary's size (BINARY_EXT in erts/emulator/beam/external.c). */
+#define SHARED_FRAME ((size_t)2 * 1024)
+#define SHARED_BYTES ((size_t)1024)
 /* What a frame costs beside its bytes, in bytes. */
 #define BYTES_PER_FRAME ((size_t)256)
 /* Reads that leave nothing behind before the caller is to wait for more, on a link where
@@ -124,6 +132,55 @@ struct frames {
     bool too_large;
 };
 
+/* The most that a frame of |size| bytes, header included, shares a binary of. */
+static size_t shared_size(size_t size) {
+    return 4 * size > SHARED_BYTES ? 4 * size : SHARED_BYTES;
+}
+
+/* Takes the first frame in the stage, of |size| bytes and whole, and with a small one
+ * those after it, up to |max| in all. */
+static void take_copies(ErlNifEnv *env, struct socket *socket, struct frames *frames,
+                        size_t size) {
+    const uint8_t *bytes = socket->reader.stage + socket->reader.start;
+    size_t available = socket->reader.end - socket->reader.start;
+    size_t header = (size_t)socket->header;
+    size_t first = header + size;
+    size_t limit = first <= SHARED_FRAME ? shared_size(first) : 0;
+    size_t length = first;
+    unsigned count = 1;
+    size_t need = 0;
+    ERL_NIF_TERM copy;
+
+    while (length < limit && frames->count + count < frames->max &&
+           frame_next(socket->header, bytes + length, available - length, &size, &need) ==
+               FRAME_COMPLETE &&
+           size > 0 && header + size <= SHARED_FRAME) {
+        if (shared_size(header + size) < limit) {
+            limit = shared_size(header + size);
+        }
+        if (length + header + size > limit) {
+            break;
+        }
+        length += header + size;
+        count++;
+    }
+    socket->reader.start += length;
+    if (count == 1) {
+        unsigned char *alone = enif_make_new_binary(env, first - header,
+                                                    &frames->terms[frames->count++]);
+        if (first > header) {
+            memcpy(alone, bytes + header, first - header);
+        }
+        return;
+    }
+    memcpy(enif_make_new_binary(env, length, &copy), bytes, length);
+    for (size_t at = 0; at < length; at += header + size) {
+        (void)frame_next(socket->header, bytes + at, length - at, &size, &need);
+        frames->terms[frames->count++] =
+            enif_make_sub_binary(env, copy, at + header, size);
+    }
+}
+
 /* Takes the whole frames out of what was read, up to |max|. Ticks are counted and passed
  * over. False: out of memory. */
 static bool take_frames(ErlNifEnv *env, struct socket *socket, struct frames *frames) {
@@ -156,14 +213,10 @@ static bool take_frames(ErlNifEnv *env, struct socket *socket, struct frames *fr
         frames->need = 0;
         if (size == 0 && socket->header == FRAME_DISTRIBUTION) {
             ticks++;
+            socket->reader.start += (size_t)socket->header;
         } else {
-            unsigned char *copy =
-                enif_make_new_binary(env, size, &frames->terms[frames->count++]);
-            if (size > 0) {
-                memcpy(copy, bytes + socket->header, size);
-            }
+            take_copies(env, socket, frames, size);
         }
-        socket->reader.start += (size_t)socket->header + size;
     }
     atomic_fetch_add_explicit(&socket->frames_in, frames->count - before + ticks,
                               memory_order_relaxed);

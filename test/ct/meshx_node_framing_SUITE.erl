@@ -31,6 +31,7 @@ all() ->
         writes_any_frames_beside_ticks,
         one_read_delivers_512_frames_at_most,
         one_read_takes_64_kib_and_one_stage_at_most,
+        a_frame_keeps_four_times_its_size_or_1_kib_at_most,
         one_write_makes_eight_calls_at_most,
         calls_cost_reductions_by_their_bytes
     ].
@@ -56,7 +57,7 @@ map(Type, Fun) ->
 
 %% Around every size at which the code or the kernel behaves differently.
 size() ->
-    KiB = oneof([0, 2, 4, 8, 16, 64, 128, 256, 480, 512, 600]),
+    KiB = oneof([0, 1, 2, 4, 8, 16, 64, 128, 256, 480, 512, 600]),
     oneof([0, 1, range(2, 300), map({KiB, range(-100, 100)}, fun({K, D}) -> max(0, K * 1024 + D) end)]).
 
 %% A handshake's packets have 4 KiB at most; an empty one is a packet.
@@ -337,6 +338,16 @@ one_read_takes_64_kib_and_one_stage_at_most(_Config) ->
     {Link, Peer} = running_pair(),
     Reads = reads(Link, Peer, iolist_to_binary(framed(32, large_frames()))),
     ?assert(lists:max([Bytes || {_, Bytes, _} <- Reads]) =< ?BYTES_PER_READ).
+
+a_frame_keeps_four_times_its_size_or_1_kib_at_most(_Config) ->
+    {Link, Peer} = running_pair(),
+    Frames = [binary:copy(<<"f">>, 65 + Size) || Size <- lists:seq(0, 3000, 7)],
+    Reads = reads(Link, Peer, iolist_to_binary(framed(32, Frames ++ lists:reverse(Frames)))),
+    Delivered = lists:append([Some || {Some, _, _} <- Reads]),
+    ?assertEqual(Frames ++ lists:reverse(Frames), Delivered),
+    Kept = [{byte_size(Frame), binary:referenced_byte_size(Frame)} || Frame <- Delivered],
+    ?assertEqual([], [{Size, All} || {Size, All} <- Kept, All > max(4 * (4 + Size), 1024)]),
+    ?assertEqual([], [{Size, All} || {Size, All} <- Kept, Size > 2 * 1024, All > Size]).
 
 one_write_makes_eight_calls_at_most(_Config) ->
     {Link, _Peer} = running_pair(),

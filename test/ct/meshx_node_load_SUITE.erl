@@ -30,6 +30,7 @@ all() ->
         incoming_bulk_leaves_another_link_its_turns,
         a_stream_does_not_outrun_its_receiver,
         messages_nobody_receives_stop_no_others,
+        messages_that_wait_take_little_memory,
         ticks_are_in_time_at_full_load,
         stopped_peers_are_down_at_full_load,
         stopped_peer_holds_the_senders,
@@ -186,6 +187,32 @@ messages_nobody_receives_stop_no_others(Config) ->
         [Shelf ! binary:copy(<<"kept">>, 16 * ?KIB) || _ <- lists:seq(1, 512)],
         stream(spawn(Node, ?MODULE, sink, []))
     end).
+
+%% Beside others that are received at once, and small: what they share with these is kept too.
+-define(WAITING, 4000).
+
+messages_that_wait_take_little_memory(Config) ->
+    [A, #{node := Node} = B] = two_directly(Config),
+    Before = meshx_ct:call(B, erlang, memory, [total]),
+    meshx_ct:call(A, fun() ->
+        Shelf = spawn(Node, timer, sleep, [infinity]),
+        Sink = spawn(Node, ?MODULE, sink, []),
+        Small = binary:copy(<<"k">>, 64),
+        Send = fun(_) ->
+            Shelf ! {self(), Small},
+            [Sink ! {self(), Small} || _ <- lists:seq(1, 20)]
+        end,
+        lists:foreach(Send, lists:seq(1, ?WAITING)),
+        Sink ! {stop, self()},
+        receive
+            {Sink, stopped} -> ok
+        end
+    end),
+    meshx_ct:call(B, fun() -> [garbage_collect(Pid) || Pid <- processes()] end),
+    Each = (meshx_ct:call(B, erlang, memory, [total]) - Before) div ?WAITING,
+    ct:log("~b bytes for each message that waits", [Each]),
+    ?assert(Each > 0),
+    ?assert(Each < 2 * ?KIB).
 
 two_directly(Config) ->
     Port = meshx_ct_agent:free_port(),
