@@ -34,8 +34,8 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* Frames up to this size share a binary with those that follow at once: of four times the
  * smallest one's size, or of so many bytes. That saves allocations, which cost more than
  * the copy since another scheduler frees them. Not more share one, since a message keeps
- * it as long as it waits in a mailbox; once it is decoded, the emulator keeps no more than
- * four times a binary's size (BINARY_EXT in erts/emulator/beam/external.c). */
+ * it as long as it waits in a mailbox; once it is decoded, the emulator keeps no more
+ * than four times a binary's size (BINARY_EXT in erts/emulator/beam/external.c). */
 #define SHARED_FRAME ((size_t)2 * 1024)
 #define SHARED_BYTES ((size_t)1024)
 /* What a frame costs beside its bytes, in bytes. */
@@ -166,8 +166,8 @@ static void take_copies(ErlNifEnv *env, struct socket *socket, struct frames *fr
     }
     socket->reader.start += length;
     if (count == 1) {
-        unsigned char *alone = enif_make_new_binary(env, first - header,
-                                                    &frames->terms[frames->count++]);
+        unsigned char *alone =
+            enif_make_new_binary(env, first - header, &frames->terms[frames->count++]);
         if (first > header) {
             memcpy(alone, bytes + header, first - header);
         }
