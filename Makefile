@@ -44,7 +44,8 @@ include $(CONFIG)
 CFLAGS_all = $(OWN_CFLAGS) $(PACKAGE_CFLAGS) $(CPPFLAGS) $(CFLAGS)
 
 all: native ## build the NIF, the guard and, if there is a rebar3, the Erlang modules (default)
-	@! command -v $(REBAR3) >/dev/null || $(REBAR) compile
+	@if command -v $(REBAR3) >/dev/null; then $(REBAR) compile; \
+	else echo 'no $(REBAR3): only the C part is built; make deps installs what is missing'; fi
 
 native: priv/meshx_node.so priv/meshx_guard ## build the C part only (rebar3 compile calls this)
 	@:

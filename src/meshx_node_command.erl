@@ -148,13 +148,25 @@ read_file(Name) ->
 -spec environment(Consul :: variables(), Extra :: variables()) -> [binary()].
 environment(Consul, Extra) ->
     Own = [{native(Name), native(Value)} || {Name, Value} <- os:env(), is_passed_on(Name)],
+    Given = [{Name, given(Name, Value)} || {Name, Value} <- Consul],
     All = lists:foldl(
-        fun({Name, Value}, Map) -> Map#{Name => Value} end, #{}, Own ++ Consul ++ Extra
+        fun({Name, Value}, Map) -> Map#{Name => Value} end, #{}, Own ++ Given ++ Extra
     ),
     [
         <<Name/binary, $=, Value/binary>>
      || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false
     ].
+
+%% The agent's address as any consul understands what it is to us: some take a slash at the end
+%% for a part of the port, and all take port 80 where none is given.
+given(<<"CONSUL_HTTP_ADDR">>, <<_, _/binary>> = Address) ->
+    Trimmed = re:replace(Address, "(?<!/)/+$", "", [{return, binary}]),
+    case re:run(Trimmed, "^([^:/]+|\\[[^]]*\\])$", [{capture, none}]) of
+        match -> <<Trimmed/binary, ":8500">>;
+        nomatch -> Trimmed
+    end;
+given(_, Value) ->
+    Value.
 
 is_passed_on("CONSUL_" ++ _) -> true;
 is_passed_on(Name) -> is_harmless(Name).

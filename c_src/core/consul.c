@@ -154,14 +154,18 @@ static void first_line(const struct http_answer *answer, char *out, size_t size)
 /* What a status that is no success means. */
 static void refuse(const struct call *call, const struct http_answer *answer,
                    struct meshx_failure *failure) {
+    const struct endpoint *endpoint = call->consul->endpoint;
     int code = MESHX_EAGENT_REFUSED;
     const char *remedy = "";
     char line[200];
     first_line(answer, line, sizeof line);
     if (answer->status == 403) {
         code = MESHX_EAGENT_ACL;
-        remedy =
-            "; has the token (CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE) the rights?";
+        remedy = endpoint->token == NULL && endpoint->token_file == NULL
+                     ? "; set a token that has the rights: CONSUL_HTTP_TOKEN_FILE or "
+                       "CONSUL_HTTP_TOKEN"
+                     : "; has the token (CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE) the "
+                       "rights?";
     } else if (answer->status == 429 || answer->status == 503) {
         code = MESHX_EAGENT_BUSY;
         remedy = "; it limits connections (http_max_conns_per_client) or requests";
@@ -171,10 +175,14 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     } else if (call->kind == CHECK && is_unknown(answer)) {
         code = MESHX_ENODE_UNKNOWN;
         remedy = "; it has lost the registration";
+    } else if (answer->status == 400 && endpoint->query != NULL &&
+               says(answer, "Enterprise")) {
+        remedy = "; unset CONSUL_NAMESPACE and CONSUL_PARTITION";
+    } else if (call->kind == REGISTER && answer->status == 400) {
+        remedy = "; what do service_template and upstream_template add?";
     }
-    error_set(failure, code, "Consul agent at %s answers %ld %s%s",
-              call->consul->endpoint->shown, answer->status,
-              line[0] != '\0' ? line : "without a word", remedy);
+    error_set(failure, code, "Consul agent at %s answers %ld %s%s", endpoint->shown,
+              answer->status, line[0] != '\0' ? line : "without a word", remedy);
 }
 
 /* Counts and reports the failure, with what was asked before its text. */

@@ -152,8 +152,8 @@ static const char *find_lookalike(json_t *ours, const char *key) {
 }
 
 /*
- * Adds to |ours| what it doesn't have: objects are merged, arrays joined, of two other
- * values ours stays. |theirs| is only read, but its values are shared afterwards.
+ * Adds to |ours| what it doesn't have: objects are merged, arrays joined, other values
+ * must be the same. |theirs| is only read, but its values are shared afterwards.
  */
 static int merge(json_t *ours, json_t *theirs, const struct place *place,
                  struct meshx_failure *failure) {
@@ -192,6 +192,9 @@ static int merge(json_t *ours, json_t *theirs, const struct place *place,
         } else if (json_is_object(value) || json_is_array(value)) {
             result = template_failure(failure, &here, "must not be given as",
                                       document_kind_of(value));
+        } else if (!json_equal(mine, value)) {
+            result =
+                template_failure(failure, &here, "is set by meshx_node:", "leave it out");
         }
         if (result != MESHX_OK) {
             return result;
@@ -269,6 +272,17 @@ static int add_upstream(json_t *upstreams, const struct document_upstream *upstr
         result = document_out_of_memory(failure);
     }
     json_decref(value);
+    return result;
+}
+
+/* So that a template that doesn't fit is found when the node starts, not when it dials.
+ */
+static int check_upstream_template(json_t *template, struct meshx_failure *failure) {
+    static const struct document_upstream any = {"-", "-", 1};
+    json_t *upstreams = json_array();
+    int result = upstreams == NULL ? document_out_of_memory(failure)
+                                   : add_upstream(upstreams, &any, template, failure);
+    json_decref(upstreams);
     return result;
 }
 
@@ -365,6 +379,10 @@ int document_registration(const struct document_registration *registration, char
     if (result == MESHX_OK) {
         result = add_check(sidecar_checks, registration, registration->sidecar_check_id,
                            DOCUMENT_SIDECAR_CHECK, failure);
+    }
+    if (result == MESHX_OK && upstream_template != NULL &&
+        registration->upstream_count == 0) {
+        result = check_upstream_template(upstream_template, failure);
     }
     for (size_t i = 0; i < registration->upstream_count && result == MESHX_OK; i++) {
         result = add_upstream(upstreams, &registration->upstreams[i], upstream_template,

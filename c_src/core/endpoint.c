@@ -168,9 +168,10 @@ static int parse_authority(const char *value, struct slice authority, struct sli
     return MESHX_OK;
 }
 
-/* The URL of an agent at a TCP port. |rest| is |value| without its scheme. */
+/* The URL of an agent at a TCP port. |rest| is |value| without its scheme. The default
+ * port is shown: who left it out may expect another. */
 static int parse_tcp(struct endpoint *endpoint, const char *value, const char *rest,
-                     bool secure, struct meshx_failure *failure) {
+                     bool secure, uint16_t default_port, struct meshx_failure *failure) {
     /* Before anything is quoted: what stands there may be a password or a token. */
     if (strchr(rest, '@') != NULL) {
         return error_set(failure, MESHX_ECONFIG,
@@ -199,6 +200,8 @@ static int parse_tcp(struct endpoint *endpoint, const char *value, const char *r
             return address_failure(failure, value, "a character that no URL has");
         }
     }
+    bool given = endpoint->port != 0;
+    endpoint->port = given ? endpoint->port : default_port;
     result = buf_append(&text, host.start, host.size);
     if (result == MESHX_OK) {
         endpoint->host = buf_take(&text);
@@ -207,7 +210,10 @@ static int parse_tcp(struct endpoint *endpoint, const char *value, const char *r
                        (unsigned)endpoint->port, (int)prefix, rest + size);
         endpoint->url = buf_take(&text);
     }
-    return result == MESHX_OK ? MESHX_OK : out_of_memory(failure);
+    if (result == MESHX_OK) {
+        endpoint->shown = strdup(given ? value : endpoint->url);
+    }
+    return endpoint->shown != NULL ? MESHX_OK : out_of_memory(failure);
 }
 
 /* An agent at a Unix socket: the URL's host only fills the Host header. */
@@ -221,8 +227,9 @@ static int parse_unix(struct endpoint *endpoint, const char *value, const char *
     endpoint->url = strdup(secure ? "https://localhost" : "http://localhost");
     endpoint->host = strdup("localhost");
     endpoint->unix_socket = strdup(path);
+    endpoint->shown = strdup(value);
     if (endpoint->url == NULL || endpoint->host == NULL ||
-        endpoint->unix_socket == NULL) {
+        endpoint->unix_socket == NULL || endpoint->shown == NULL) {
         return out_of_memory(failure);
     }
     return MESHX_OK;
@@ -233,29 +240,29 @@ static int parse_address(struct endpoint *endpoint, const char *value, bool secu
     if (value == NULL) {
         value = DEFAULT_ADDRESS;
     }
-    endpoint->port = 8500;
-    int result = MESHX_OK;
     const char *separator = strstr(value, "://");
     if (separator == NULL) {
-        result = parse_tcp(endpoint, value, value, secure, failure);
-    } else if (strncmp(value, "unix://", 7) == 0) {
-        result = parse_unix(endpoint, value, separator + 3, secure, failure);
-    } else if (strncmp(value, "http://", 7) == 0 || strncmp(value, "https://", 8) == 0) {
+        bool scheme = strncmp(value, "http:/", 6) == 0 ||
+                      strncmp(value, "https:/", 7) == 0 ||
+                      strncmp(value, "unix:/", 6) == 0;
+        if (scheme && strpbrk(value, "@?#") == NULL) {
+            return address_failure(failure, value, "two slashes follow a scheme");
+        }
+        return parse_tcp(endpoint, value, value, secure, 8500, failure);
+    }
+    if (strncmp(value, "unix://", 7) == 0) {
+        return parse_unix(endpoint, value, separator + 3, secure, failure);
+    }
+    if (strncmp(value, "http://", 7) == 0 || strncmp(value, "https://", 8) == 0) {
         /* Consul too never goes back to plain text when CONSUL_HTTP_SSL asks for TLS. */
         secure = secure || value[4] == 's';
-        endpoint->port = secure ? 443 : 80;
-        result = parse_tcp(endpoint, value, separator + 3, secure, failure);
-    } else {
-        result = error_set(failure, MESHX_ECONFIG,
-                           "CONSUL_HTTP_ADDR: unknown scheme %.*s://; allowed are "
-                           "http://, https:// and unix://",
-                           (int)strcspn(value, ":"), value);
+        return parse_tcp(endpoint, value, separator + 3, secure, secure ? 443 : 80,
+                         failure);
     }
-    if (result != MESHX_OK) {
-        return result;
-    }
-    endpoint->shown = strdup(value);
-    return endpoint->shown != NULL ? MESHX_OK : out_of_memory(failure);
+    return error_set(failure, MESHX_ECONFIG,
+                     "CONSUL_HTTP_ADDR: unknown scheme %.*s://; allowed are "
+                     "http://, https:// and unix://",
+                     (int)strcspn(value, ":"), value);
 }
 
 static int unreadable(struct meshx_failure *failure, const char *name, const char *path) {

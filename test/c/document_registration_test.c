@@ -202,10 +202,8 @@ static void templates_are_merged(void **state) {
         {"{\"Meta\":{\"rack\":\"r1\",\"Node\":\"x\",\"NO_DE\":\"y\"}}",
          DOCUMENT(",\"rack\":\"r1\",\"Node\":\"x\",\"NO_DE\":\"y\"", "", "", "", "",
                   UPSTREAMS, "", "")},
-        /* Ours win. */
-        {"{\"ID\":\"x\",\"Name\":\"x\",\"Port\":1,\"Meta\":{\"node\":\"x\"},"
-         "\"Connect\":{\"SidecarService\":{\"Port\":1,\"Proxy\":{"
-         "\"LocalServiceAddress\":\"x\",\"LocalServicePort\":true}}}}",
+        /* Ours, given once more. */
+        {"{\"ID\":\"node1@a\",\"Meta\":{\"node\":\"node1@a\"}}",
          DOCUMENT("", "", "", "", "", UPSTREAMS, "", "")},
         /* Arrays are joined, ours first. */
         {"{\"Checks\":[{\"TCP\":\"127.0.0.1:1\",\"Interval\":\"5s\"}]}",
@@ -248,7 +246,7 @@ static void upstream_templates_are_merged(void **state) {
     registration.upstream_count = 2;
     registration.upstream_template =
         "{\"Datacenter\":\"dc2\",\"Config\":{\"connect_timeout_ms\":1},"
-        "\"DestinationName\":\"x\",\"LocalBindAddress\":\"x\",\"LocalBindPort\":1}";
+        "\"LocalBindAddress\":\"127.0.0.1\"}";
     /* Only ours get it, not those of the service template. */
     registration.service_template = "{\"Connect\":{\"SidecarService\":{\"Proxy\":{"
                                     "\"Upstreams\":[{\"DestinationName\":\"db\"}]}}}}";
@@ -277,6 +275,15 @@ static void templates_that_do_not_fit(void **state) {
          "Connect.SidecarService.Proxy.Upstreams must be an array, but is an object"},
         {"{\"Port\":[1]}", "Port must not be given as an array"},
         {"{\"Meta\":{\"node\":{}}}", "Meta.node must not be given as an object"},
+        {"{\"ID\":\"x\"}", "ID is set by meshx_node: leave it out"},
+        {"{\"Name\":\"x\"}", "Name is set by meshx_node: leave it out"},
+        {"{\"Port\":1}", "Port is set by meshx_node: leave it out"},
+        {"{\"Meta\":{\"node\":\"x\"}}", "Meta.node is set by meshx_node: leave it out"},
+        {"{\"Connect\":{\"SidecarService\":{\"Port\":1}}}",
+         "Connect.SidecarService.Port is set by meshx_node: leave it out"},
+        {"{\"Connect\":{\"SidecarService\":{\"Proxy\":{\"LocalServicePort\":true}}}}",
+         "Connect.SidecarService.Proxy.LocalServicePort is set by meshx_node: leave it "
+         "out"},
         /* The agent takes any case, and some keys with underscores. */
         {"{\"id\":\"x\"}", "id must be written ID"},
         {"{\"meta\":{}}", "meta must be written Meta"},
@@ -302,6 +309,13 @@ static void templates_that_do_not_fit(void **state) {
     registration.upstream_template = "{\"destination_name\":\"x\"}";
     assert_refuses(&registration, "upstream_template: ",
                    "destination_name must be written DestinationName");
+    registration.upstream_template = "{\"LocalBindPort\":1234}";
+    assert_refuses(&registration, "upstream_template: ",
+                   "LocalBindPort is set by meshx_node: leave it out");
+    /* Found before there is an upstream. */
+    registration.upstream_count = 0;
+    assert_refuses(&registration, "upstream_template: ",
+                   "LocalBindPort is set by meshx_node: leave it out");
 }
 
 /* The words after the place are jansson's and may change. */

@@ -163,8 +163,24 @@ static void addresses(void **state) {
         assert_string_equal(endpoint.url, cases[i].url);
         assert_string_equal(endpoint.host, cases[i].host);
         assert_int_equal(endpoint.port, cases[i].port);
-        assert_string_equal(endpoint.shown, cases[i].address);
         assert_null(endpoint.unix_socket);
+        endpoint_fini(&endpoint);
+    }
+}
+
+static void shows_the_address_with_its_port(void **state) {
+    (void)state;
+    static const char *const shown[][2] = {
+        {"host:8500", "host:8500"},
+        {":8600", ":8600"},
+        {"http://host:8600/x/", "http://host:8600/x/"},
+        {"host", "http://host:8500"},
+        {"http://host", "http://host:80"},
+        {"https://[::1]/x", "https://[::1]:443/x"},
+    };
+    for (size_t i = 0; i < sizeof shown / sizeof shown[0]; i++) {
+        struct endpoint endpoint = accept(SETTINGS({"CONSUL_HTTP_ADDR", shown[i][0]}));
+        assert_string_equal(endpoint.shown, shown[i][1]);
         endpoint_fini(&endpoint);
     }
 }
@@ -203,6 +219,10 @@ static void wrong_addresses(void **state) {
         {"ftp://host:1", "unknown scheme ftp://"},
         {"HTTP://host:1", "unknown scheme HTTP://"},
         {"://host", "unknown scheme"},
+        {"http:/host:1", "two slashes"},
+        {"https:/host", "two slashes"},
+        {"unix:/run/consul.sock", "two slashes"},
+        {"http:/me:s3cret@host:1", "CONSUL_HTTP_AUTH"},
         {"http://", "no host name"},
         {"http:///x", "no host name"},
         {"/x", "no host name"},
@@ -498,6 +518,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults),
         cmocka_unit_test(addresses),
+        cmocka_unit_test(shows_the_address_with_its_port),
         cmocka_unit_test(unix_sockets),
         cmocka_unit_test(wrong_addresses),
         cmocka_unit_test(booleans),

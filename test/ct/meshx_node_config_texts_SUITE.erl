@@ -23,6 +23,7 @@ all() ->
         programs,
         words_as_a_shell,
         sidecar_environment,
+        agent_address_for_the_sidecar,
         json_round_trip,
         json_of_terms,
         json_text,
@@ -292,7 +293,7 @@ sidecar_environment(_) ->
     [os:unsetenv(Name) || {Name, _} <- os:env(), Name =/= "PATH"],
     Passed = [
         {"HOME", "/h"}, {"LANG", "C"}, {"LC_ALL", "C"}, {"TMPDIR", "/t"}, {"TZ", "UTC"},
-        {"SSL_CERT_FILE", "/c"}, {"SSL_CERT_DIR", "/d"}, {"CONSUL_GRPC_ADDR", "x:1"}, {"CONSUL_HTTP_ADDR", "a"}
+        {"SSL_CERT_FILE", "/c"}, {"SSL_CERT_DIR", "/d"}, {"CONSUL_GRPC_ADDR", "x:1"}, {"CONSUL_HTTP_ADDR", "a:1"}
     ],
     Kept = [
         {"RELEASE_COOKIE", "c"}, {"HTTP_PROXY", "p"}, {"DATABASE_URL", "d"}, {"LD_PRELOAD", "l"},
@@ -323,6 +324,25 @@ sidecar_environment(_) ->
     os:putenv("MESHX_SIDECAR_ENV", "A=1 'B=2 3' C="),
     Some = maps:get(sidecar_environment, load()),
     [?assert(lists:member(Variable, Some)) || Variable <- [<<"A=1">>, <<"B=2 3">>, <<"C=">>]].
+
+agent_address_for_the_sidecar(_) ->
+    [
+        begin
+            set([{consul_http_addr, Address}]),
+            ?assert(lists:member(<<"CONSUL_HTTP_ADDR=", Given/binary>>, maps:get(sidecar_environment, load())))
+        end
+     || {Address, Given} <- [
+            {"consul.example", <<"consul.example:8500">>},
+            {"10.0.0.1/", <<"10.0.0.1:8500">>},
+            {"[::1]", <<"[::1]:8500">>},
+            {"[::1]:8501/", <<"[::1]:8501">>},
+            {":8501", <<":8501">>},
+            {"localhost:8501//", <<"localhost:8501">>},
+            {"http://consul.example/", <<"http://consul.example">>},
+            {"https://consul.example:8501/behind/", <<"https://consul.example:8501/behind">>},
+            {"unix:///run/consul.sock", <<"unix:///run/consul.sock">>}
+        ]
+    ].
 
 %%% JSON
 

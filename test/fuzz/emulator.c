@@ -194,6 +194,16 @@ unsigned char *enif_make_new_binary(ErlNifEnv *env, size_t size, ERL_NIF_TERM *o
     return term->bytes;
 }
 
+ERL_NIF_TERM enif_make_sub_binary(ErlNifEnv *env, ERL_NIF_TERM whole, size_t offset,
+                                  size_t size) {
+    struct term *term = make(env, BINARY);
+    CHECK(get(whole)->kind == BINARY && offset <= get(whole)->size &&
+          size <= get(whole)->size - offset);
+    term->bytes = fuzz_block(get(whole)->bytes + offset, size);
+    term->size = size;
+    return term_of(term);
+}
+
 ERL_NIF_TERM enif_make_atom(ErlNifEnv *env, const char *name) {
     (void)env;
     for (const struct term *term = atoms.terms; term != NULL; term = term->next) {
