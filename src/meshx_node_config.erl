@@ -406,7 +406,7 @@ near(Name, Keys) ->
 
 %% Share of common pairs of neighbouring characters (Dice).
 similarity(A, B) ->
-    PairsA = pairs([$\s | binary_to_list(A) ++ " "]),
+    PairsA = pairs([$\s | string:lowercase(binary_to_list(A)) ++ " "]),
     PairsB = pairs([$\s | binary_to_list(B) ++ " "]),
     Common = length(PairsA) - length(PairsA -- PairsB),
     2 * Common / (length(PairsA) + length(PairsB)).

@@ -223,7 +223,8 @@ bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *fa
     return failure == NULL && allowed;
 }
 
-/* Of the two directions a denial says more than another failure. */
+/* Of the two directions a denial says more than another failure. Two denials are told of
+ * together: who allows only the one would be denied once more. */
 static void allowed_answered(struct mesh_request *request,
                              const struct meshx_failure *failure, bool allowed,
                              const char *source, const char *destination) {
@@ -231,8 +232,15 @@ static void allowed_answered(struct mesh_request *request,
     bool lets_in = failure != NULL && request->kind == MESH_REQUEST_ACCEPT;
     if (!mesh_lookup_allowed(request->mesh, failure, allowed, source, destination,
                              &found) &&
-        !lets_in && request->allowed.code != MESHX_EDENIED) {
-        request->allowed = found;
+        !lets_in) {
+        struct meshx_failure before = request->allowed;
+        if (before.code != MESHX_EDENIED) {
+            request->allowed = found;
+        } else if (found.code == MESHX_EDENIED) {
+            error_set(&request->allowed, MESHX_EDENIED,
+                      "%s, and `consul intention create -replace -allow %s %s`",
+                      before.text, source, destination);
+        }
     }
     mesh_upstream_looked_up(request);
 }

@@ -135,6 +135,14 @@ static void a_denied_dial_names_the_intention(void **state) {
         answer = denied(node, "foe@test");
     } while (strstr(answer->text, text) == NULL);
     assert_non_null(strstr(answer->text, "-replace -allow namer@test foe@test"));
+    assert_null(strstr(answer->text, "-allow foe@test namer@test"));
+    char *back = deny("foe@test", "*"); /* both are told of */
+    do {
+        node_pause();
+        answer = denied(node, "foe@test");
+    } while (strstr(answer->text, "-allow foe@test namer@test") == NULL);
+    assert_non_null(strstr(answer->text, "-allow namer@test foe@test"));
+    allow_again(back);
     allow_again(intention);
     deregister_other("friend@test");
     deregister_other("foe@test");

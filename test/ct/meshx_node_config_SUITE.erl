@@ -138,6 +138,7 @@ flags_that_fail(_) ->
     Failing = [
         {["ttl"], ["-meshx_node ttl: a value is missing"]},
         {["ttl", "5"], ["command line flag -meshx_node ttl 5: must be milliseconds, 1000 to"]},
+        {["TTL", "5000"], ["command line flag -meshx_node TTL: ", "did you mean ttl?"]},
         {["tll", "5000"], ["command line flag -meshx_node tll: ", "did you mean ttl?"]},
         {["consul_http_addr", "127.0.0.1:8500"], [
             "-meshx_node consul_http_addr: is not an Erlang term",
