@@ -229,8 +229,8 @@ static void on_timer(void *argument) {
 static void on_ended(struct sidecar *sidecar, int code, const char *how) {
     struct meshx_failure failure;
     const char *last = sidecar->last_error;
-    error_set(&failure, code, "sidecar %s %s%s%s", command_name(sidecar), how,
-              *last == '\0' ? "" : ": ", last);
+    error_set(&failure, code, "sidecar %s (sidecar_command) %s%s%s",
+              command_name(sidecar), how, *last == '\0' ? "" : ": ", last);
     wait_for_restart(sidecar, &failure);
 }
 

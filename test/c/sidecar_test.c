@@ -37,7 +37,8 @@ static void reports_start_output_and_end(void **state) {
     assert_int_equal(other.stream, MESHX_STDERR);
     assert_string_equal(other.line, "err");
     event = runner_expect_ended(runner, MESHX_ESIDECAR_EXITED, "");
-    assert_string_equal(event.failure.text, "sidecar /bin/sh exited with status 3: err");
+    assert_string_equal(event.failure.text,
+                        "sidecar /bin/sh (sidecar_command) exited with status 3: err");
     assert_int_equal(event.restart_ms, 60000);
 }
 
@@ -67,7 +68,8 @@ static void forgets_the_error_line_of_the_run_before(void **state) {
     runner_call(runner, runner_restart_now); /* this time there is nothing to say */
     runner_expect_started(runner);
     struct event event = runner_expect_ended(runner, MESHX_ESIDECAR_EXITED, "");
-    assert_string_equal(event.failure.text, "sidecar /bin/sh exited with status 1");
+    assert_string_equal(event.failure.text,
+                        "sidecar /bin/sh (sidecar_command) exited with status 1");
     agent_remove_directory(directory);
 }
 
@@ -76,7 +78,8 @@ static void reports_death_by_signal(void **state) {
     runner_start_shell(runner, "kill -9 $$");
     runner_expect_started(runner);
     struct event event = runner_expect_ended(runner, MESHX_ESIDECAR_EXITED, "");
-    assert_string_equal(event.failure.text, "sidecar /bin/sh was killed by signal 9");
+    assert_string_equal(event.failure.text,
+                        "sidecar /bin/sh (sidecar_command) was killed by signal 9");
 }
 
 static void reports_a_command_that_cannot_be_executed(void **state) {
