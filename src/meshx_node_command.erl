@@ -157,13 +157,19 @@ environment(Consul, Extra) ->
      || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false
     ].
 
-%% The agent's address as any consul understands what it is to us: some take a slash at the end
-%% for a part of the port, and all take port 80 where none is given.
+%% The agent's address as consul understands what it is to us: some versions take a slash at the end
+%% for a part of the port, those that know a path want a scheme before it, and all take port 80 where
+%% none is given.
+given(<<"CONSUL_HTTP_ADDR">>, <<"unix://", _/binary>> = Address) ->
+    Address;
 given(<<"CONSUL_HTTP_ADDR">>, <<_, _/binary>> = Address) ->
     Trimmed = re:replace(Address, "(?<!/)/+$", "", [{return, binary}]),
-    case re:run(Trimmed, "^([^:/]+|\\[[^]]*\\])$", [{capture, none}]) of
-        match -> <<Trimmed/binary, ":8500">>;
-        nomatch -> Trimmed
+    case re:run(Trimmed, "^([^:/]*|\\[[^]]*\\])(:[0-9]+)?(/.*)?$", [{capture, [1, 2, 3], binary}]) of
+        {match, [Host, Port, Path]} ->
+            Scheme = [<<"http://">> || Path =/= <<>>],
+            iolist_to_binary([Scheme, Host, [<<":8500">> || Port =:= <<>>], Port, Path]);
+        nomatch ->
+            Trimmed
     end;
 given(_, Value) ->
     Value.

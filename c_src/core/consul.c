@@ -178,8 +178,8 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     } else if (answer->status == 400 && endpoint->query != NULL &&
                says(answer, "Enterprise")) {
         remedy = "; unset CONSUL_NAMESPACE and CONSUL_PARTITION";
-    } else if (call->kind == REGISTER && answer->status == 400) {
-        remedy = "; what do service_template and upstream_template add?";
+    } else if (answer->status == 400 && says(answer, "HTTPS server")) {
+        remedy = " CONSUL_HTTP_ADDR must begin with https://";
     }
     error_set(failure, code, "Consul agent at %s answers %ld %s%s", endpoint->shown,
               answer->status, line[0] != '\0' ? line : "without a word", remedy);

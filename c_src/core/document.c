@@ -276,12 +276,15 @@ static int add_upstream(json_t *upstreams, const struct document_upstream *upstr
 }
 
 /* So that a template that doesn't fit is found when the node starts, not when it dials.
- */
+ * No template sets what fits two upstreams. */
 static int check_upstream_template(json_t *template, struct meshx_failure *failure) {
-    static const struct document_upstream any = {"-", "-", 1};
+    static const struct document_upstream any[] = {{"-", "127.0.0.1", 1},
+                                                   {"+", "127.0.0.1", 2}};
     json_t *upstreams = json_array();
-    int result = upstreams == NULL ? document_out_of_memory(failure)
-                                   : add_upstream(upstreams, &any, template, failure);
+    int result = upstreams == NULL ? document_out_of_memory(failure) : MESHX_OK;
+    for (size_t i = 0; i < 2 && result == MESHX_OK; i++) {
+        result = add_upstream(upstreams, &any[i], template, failure);
+    }
     json_decref(upstreams);
     return result;
 }

@@ -45,10 +45,10 @@ struct document_registration {
 /*
  * Writes the registration to |*out| (new: caller frees with free()). Service
  * and sidecar have one TTL check each; both begin critical. The template is merged
- * recursively: objects merge, its other values are added where ours has none; ours win
- * for what the carrier depends on (ID, Name, Port, Meta.node, checks, sidecar port,
- * upstreams), arrays "Checks" and "Upstreams" and "Tags" are joined. Returns MESHX_OK,
- * MESHX_ENOMEM or MESHX_ECONFIG (a template is not a JSON object).
+ * recursively: objects merge, arrays (Checks, Upstreams) are joined, other values are
+ * added where ours has none. What the carrier depends on (ID, Name, Port, Meta.node,
+ * sidecar port, an upstream's destination and address) it may only give as it is. Returns
+ * MESHX_OK, MESHX_ENOMEM or MESHX_ECONFIG (a template doesn't fit).
  */
 int document_registration(const struct document_registration *registration, char **out,
                           struct meshx_failure *failure);

@@ -235,19 +235,28 @@ static int parse_unix(struct endpoint *endpoint, const char *value, const char *
     return MESHX_OK;
 }
 
+static bool is_scheme_of_one_slash(const char *value) {
+    static const char *const schemes[] = {"http:/", "https:/", "unix:/"};
+    for (size_t i = 0; i < 3; i++) {
+        size_t size = strlen(schemes[i]);
+        if (strncmp(value, schemes[i], size) == 0 && value[size] != '/') {
+            return true;
+        }
+    }
+    return false;
+}
+
 static int parse_address(struct endpoint *endpoint, const char *value, bool secure,
                          struct meshx_failure *failure) {
     if (value == NULL) {
         value = DEFAULT_ADDRESS;
     }
     const char *separator = strstr(value, "://");
+    size_t word = strspn(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ");
+    if (is_scheme_of_one_slash(value) && strpbrk(value, "@?#") == NULL) {
+        return address_failure(failure, value, "two slashes follow a scheme");
+    }
     if (separator == NULL) {
-        bool scheme = strncmp(value, "http:/", 6) == 0 ||
-                      strncmp(value, "https:/", 7) == 0 ||
-                      strncmp(value, "unix:/", 6) == 0;
-        if (scheme && strpbrk(value, "@?#") == NULL) {
-            return address_failure(failure, value, "two slashes follow a scheme");
-        }
         return parse_tcp(endpoint, value, value, secure, 8500, failure);
     }
     if (strncmp(value, "unix://", 7) == 0) {
@@ -259,10 +268,11 @@ static int parse_address(struct endpoint *endpoint, const char *value, bool secu
         return parse_tcp(endpoint, value, separator + 3, secure, secure ? 443 : 80,
                          failure);
     }
+    /* Quoted only if it is a word: what else stands there may be a secret. */
     return error_set(failure, MESHX_ECONFIG,
                      "CONSUL_HTTP_ADDR: unknown scheme %.*s://; allowed are "
                      "http://, https:// and unix://",
-                     (int)strcspn(value, ":"), value);
+                     value + word == separator ? (int)word : 0, value);
 }
 
 static int unreadable(struct meshx_failure *failure, const char *name, const char *path) {

@@ -15,7 +15,7 @@
 struct endpoint {
     char *url;         /* "http://127.0.0.1:8500" or "https://...", no slash at the end */
     char *unix_socket; /* path, or NULL */
-    char *shown;       /* for people: address as given, without credentials */
+    char *shown;       /* for people: address as given, or |url| if that has no port */
     char *token;       /* CONSUL_HTTP_TOKEN, or NULL */
     char *token_file;  /* wins over token, or NULL */
     char *auth;        /* "user:password", or NULL */

@@ -178,6 +178,16 @@ static void on_applied(struct mesh *mesh) {
 static void on_registered(const struct meshx_failure *failure, void *argument) {
     struct mesh *mesh = argument;
     struct mesh_registration *registration = &mesh->registration;
+    const struct meshx_config *config = &mesh->config.values;
+    bool has_template =
+        config->service_template != NULL || config->upstream_template != NULL;
+    struct meshx_failure named;
+    if (failure != NULL && failure->code == MESHX_EAGENT_REFUSED && has_template) {
+        error_set(&named, failure->code,
+                  "%s; is all that service_template and upstream_template add right?",
+                  failure->text);
+        failure = &named;
+    }
     if (failure == NULL) {
         registration->may_exist = true;
         registration->applied = registration->sent;

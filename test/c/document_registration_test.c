@@ -314,8 +314,16 @@ static void templates_that_do_not_fit(void **state) {
                    "LocalBindPort is set by meshx_node: leave it out");
     /* Found before there is an upstream. */
     registration.upstream_count = 0;
-    assert_refuses(&registration, "upstream_template: ",
-                   "LocalBindPort is set by meshx_node: leave it out");
+    for (size_t i = 0; i < 3; i++) {
+        registration.upstream_template =
+            (const char *const[]){"{\"LocalBindPort\":1}", "{\"LocalBindPort\":2}",
+                                  "{\"LocalBindPort\":1234}"}[i];
+        assert_refuses(&registration, "upstream_template: ",
+                       "LocalBindPort is set by meshx_node: leave it out");
+    }
+    registration.service_template = NULL;
+    registration.upstream_template = "{\"LocalBindAddress\":\"127.0.0.1\"}";
+    assert_writes(&registration, DOCUMENT("", "", "", "", "", "", "", ""));
 }
 
 /* The words after the place are jansson's and may change. */

@@ -219,6 +219,8 @@ static void wrong_addresses(void **state) {
         {"ftp://host:1", "unknown scheme ftp://"},
         {"HTTP://host:1", "unknown scheme HTTP://"},
         {"://host", "unknown scheme"},
+        {"s3cret@x://host", "unknown scheme ://"},
+        {"http:/x://host", "two slashes"},
         {"http:/host:1", "two slashes"},
         {"https:/host", "two slashes"},
         {"unix:/run/consul.sock", "two slashes"},

@@ -338,6 +338,8 @@ agent_address_for_the_sidecar(_) ->
             {"[::1]:8501/", <<"[::1]:8501">>},
             {":8501", <<":8501">>},
             {"localhost:8501//", <<"localhost:8501">>},
+            {"10.0.0.1:8501/behind/", <<"http://10.0.0.1:8501/behind">>},
+            {"[::1]/behind", <<"http://[::1]:8500/behind">>},
             {"http://consul.example/", <<"http://consul.example">>},
             {"https://consul.example:8501/behind/", <<"https://consul.example:8501/behind">>},
             {"unix:///run/consul.sock", <<"unix:///run/consul.sock">>}
