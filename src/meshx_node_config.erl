@@ -69,8 +69,8 @@
 keys() ->
     [
         {consul_http_addr, {consul, address}, undefined, "'\"https://consul.example:8501\"'",
-            "The Consul agent: host:port, http://, https:// or unix:///path. "
-            "Unset: 127.0.0.1:8500."},
+            "The Consul agent: host:port, http://, https:// or unix:///path. A port left out is 8500, but "
+            "80 or 443 after http:// or https://. Unset: 127.0.0.1:8500."},
         {consul_http_token, {consul, secret}, undefined, "'\"...\"'",
             "ACL token. Better a file or the environment: all users of the host see flags."},
         {consul_http_token_file, {consul, text}, undefined, "'\"/run/consul/token\"'",

@@ -137,16 +137,20 @@ static bool is_success(const struct call *call, const struct http_answer *answer
            ((call->kind == DEREGISTER || call->kind == SERVICE) && is_unknown(answer));
 }
 
-/* Copies the first line of the agent's text, with nothing in it that a log would mind. */
-static void first_line(const struct http_answer *answer, char *out, size_t size) {
-    size_t length = strcspn(answer->body, "\r\n");
-    if (length > size - 1) {
-        length = size - 1;
+/* Copies the agent's text as one line, with nothing in it that a log would mind. */
+static void one_line(const struct http_answer *answer, char *out, size_t size) {
+    size_t length = 0;
+    for (const char *at = answer->body; *at != '\0' && length + 1 < size; at++) {
+        unsigned char c = (unsigned char)*at;
+        bool is_space = c == ' ' || (c >= '\t' && c <= '\r');
+        if (!is_space) {
+            out[length++] = (char)(c < 0x20 || c == 0x7F ? '?' : c);
+        } else if (length > 0 && out[length - 1] != ' ') {
+            out[length++] = ' ';
+        }
     }
-    for (size_t i = 0; i < length; i++) {
-        unsigned char c = (unsigned char)answer->body[i];
-        bool is_control = c < 0x20 || c == 0x7F;
-        out[i] = is_control ? '?' : answer->body[i];
+    while (length > 0 && out[length - 1] == ' ') {
+        length--;
     }
     out[length] = '\0';
 }
@@ -158,7 +162,7 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     int code = MESHX_EAGENT_REFUSED;
     const char *remedy = "";
     char line[200];
-    first_line(answer, line, sizeof line);
+    one_line(answer, line, sizeof line);
     if (answer->status == 403) {
         code = MESHX_EAGENT_ACL;
         remedy = endpoint->token == NULL && endpoint->token_file == NULL
@@ -178,6 +182,8 @@ static void refuse(const struct call *call, const struct http_answer *answer,
     } else if (answer->status == 400 && endpoint->query != NULL &&
                says(answer, "Enterprise")) {
         remedy = "; unset CONSUL_NAMESPACE and CONSUL_PARTITION";
+    } else if (answer->status == 404) {
+        remedy = "; is CONSUL_HTTP_ADDR the agent's HTTP port?";
     } else if (answer->status == 400 && says(answer, "HTTPS server")) {
         remedy = " CONSUL_HTTP_ADDR must begin with https://";
     }

@@ -5,7 +5,7 @@
  * consul_free(). A call returns MESHX_OK, or MESHX_ENOMEM and makes no callback.
  * Statuses become failures here: 403 MESHX_EAGENT_ACL, "No cluster leader"
  * (or no servers at all) MESHX_EAGENT_NO_LEADER, 429 and 503 MESHX_EAGENT_BUSY, other
- * 4xx/5xx MESHX_EAGENT_REFUSED with the agent's first line of text; what 404 means is
+ * 4xx/5xx MESHX_EAGENT_REFUSED with the agent's text; what 404 means is
  * said at each call. Every failure's text names the agent's address, what was asked and,
  * where there is one, the remedy.
  */

@@ -151,6 +151,34 @@ static const char *find_lookalike(json_t *ours, const char *key) {
     return NULL;
 }
 
+/* What a template can't set, since something else decides it. */
+static const struct {
+    const char *parent;
+    const char *key;
+    const char *decided;
+} decided_elsewhere[] = {
+    {"service_template", "ID", "the node's name decides"},
+    {"service_template", "Name", "service_name decides"},
+    {"service_template", "Port", "inet_dist_listen_min decides"},
+    {"SidecarService", "Address", "sidecar_address decides"},
+    {"SidecarService", "Port", "sidecar_ports decides"},
+    {"Proxy", "LocalServiceAddress", "inet_dist_use_interface decides"},
+    {"Proxy", "LocalServicePort", "inet_dist_listen_min decides"},
+    {"upstream_template", "DestinationName", "the dialled node decides"},
+    {"upstream_template", "LocalBindAddress", "it is always 127.0.0.1"},
+    {"upstream_template", "LocalBindPort", "upstream_ports decides"},
+};
+
+static const char *decides(const struct place *place) {
+    for (size_t i = 0; i < sizeof decided_elsewhere / sizeof decided_elsewhere[0]; i++) {
+        if (strcmp(place->parent->key, decided_elsewhere[i].parent) == 0 &&
+            is_lookalike(place->key, decided_elsewhere[i].key)) {
+            return decided_elsewhere[i].decided;
+        }
+    }
+    return NULL;
+}
+
 /*
  * Adds to |ours| what it doesn't have: objects are merged, arrays joined, other values
  * must be the same. |theirs| is only read, but its values are shared afterwards.
@@ -165,7 +193,11 @@ static int merge(json_t *ours, json_t *theirs, const struct place *place,
     json_object_foreach(theirs, key, value) {
         const struct place here = {place, key};
         json_t *mine = json_object_get(ours, key);
+        const char *decided = decides(&here);
         int result = MESHX_OK;
+        if (decided != NULL && !json_is_null(value) && !json_equal(mine, value)) {
+            return template_failure(failure, &here, "must be left out:", decided);
+        }
         if (mine == NULL) {
             const char *meant = are_words ? NULL : find_lookalike(ours, key);
             if (meant != NULL) {
@@ -193,8 +225,8 @@ static int merge(json_t *ours, json_t *theirs, const struct place *place,
             result = template_failure(failure, &here, "must not be given as",
                                       document_kind_of(value));
         } else if (!json_equal(mine, value)) {
-            result =
-                template_failure(failure, &here, "is set by meshx_node:", "leave it out");
+            result = template_failure(failure, &here,
+                                      "must be left out:", "meshx_node sets it");
         }
         if (result != MESHX_OK) {
             return result;
@@ -397,6 +429,12 @@ int document_registration(const struct document_registration *registration, char
     }
     if (result == MESHX_OK && service_template != NULL) {
         result = merge(document, service_template, &place, failure);
+    }
+    if (result == MESHX_OK && registration->sidecar_address == NULL &&
+        find_lookalike(document, "Address") != NULL) {
+        const struct place address = {&place, "Address"};
+        result = template_failure(failure, &address, "needs sidecar_address too:",
+                                  "the sidecar would listen there");
     }
     if (result == MESHX_OK) {
         result = dump(document, out, failure);

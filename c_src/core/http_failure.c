@@ -137,8 +137,9 @@ void http_failure_set(const struct http_transfer *transfer,
         break;
     case BROKEN:
         error_set(failure, MESHX_EAGENT_ANSWER,
-                  "Consul agent at %s broke the connection: %s; is it running, and "
-                  "below its limit http_max_conns_per_client%s?",
+                  "Consul agent at %s broke the connection: %s; is it running, "
+                  "CONSUL_HTTP_ADDR its HTTP port, and it below its limit "
+                  "http_max_conns_per_client%s?",
                   agent, why,
                   is_secure(transfer) ? ", does it accept CONSUL_CLIENT_CERT" : "");
         break;

@@ -65,12 +65,11 @@ void mesh_start_overdue(struct mesh *mesh) {
     struct meshx_failure failure;
     const struct meshx_config *config = &mesh->config.values;
     if (mesh->step == MESH_SIDECAR) {
-        error_set(
-            &failure, MESHX_ESIDECAR_TIMEOUT,
-            "the sidecar of %s does not accept at %s port %u after %u ms; its output "
-            "may say why",
-            config->node, mesh->config.sidecar_probe_address, mesh->sidecar_port,
-            config->start_timeout);
+        error_set(&failure, MESHX_ESIDECAR_TIMEOUT,
+                  "the sidecar of %s does not accept at %s port %u after %u ms; is "
+                  "sidecar_command right? Its output may say why",
+                  config->node, mesh->config.sidecar_probe_address, mesh->sidecar_port,
+                  config->start_timeout);
     } else if (mesh->has_last_failure) {
         error_set(&failure, mesh->last_failure.code, "%s is not started after %u ms: %s",
                   config->node, config->start_timeout, mesh->last_failure.text);

@@ -273,26 +273,31 @@ static void templates_that_do_not_fit(void **state) {
          "Connect.SidecarService must be an object, but is a number with a fraction"},
         {"{\"Connect\":{\"SidecarService\":{\"Proxy\":{\"Upstreams\":{}}}}}",
          "Connect.SidecarService.Proxy.Upstreams must be an array, but is an object"},
-        {"{\"Port\":[1]}", "Port must not be given as an array"},
+        {"{\"Port\":[1]}", "Port must be left out: inet_dist_listen_min decides"},
         {"{\"Meta\":{\"node\":{}}}", "Meta.node must not be given as an object"},
-        {"{\"ID\":\"x\"}", "ID is set by meshx_node: leave it out"},
-        {"{\"Name\":\"x\"}", "Name is set by meshx_node: leave it out"},
-        {"{\"Port\":1}", "Port is set by meshx_node: leave it out"},
-        {"{\"Meta\":{\"node\":\"x\"}}", "Meta.node is set by meshx_node: leave it out"},
+        {"{\"ID\":\"x\"}", "ID must be left out: the node's name decides"},
+        {"{\"Name\":\"x\"}", "Name must be left out: service_name decides"},
+        {"{\"Port\":1}", "Port must be left out: inet_dist_listen_min decides"},
+        {"{\"port\":1}", "port must be left out: inet_dist_listen_min decides"},
+        {"{\"Address\":\"10.0.0.2\"}",
+         "Address needs sidecar_address too: the sidecar would listen there"},
+        {"{\"Connect\":{\"SidecarService\":{\"Address\":\"10.0.0.2\"}}}",
+         "Connect.SidecarService.Address must be left out: sidecar_address decides"},
+        {"{\"Meta\":{\"node\":\"x\"}}", "Meta.node must be left out: meshx_node sets it"},
         {"{\"Connect\":{\"SidecarService\":{\"Port\":1}}}",
-         "Connect.SidecarService.Port is set by meshx_node: leave it out"},
+         "Connect.SidecarService.Port must be left out: sidecar_ports decides"},
         {"{\"Connect\":{\"SidecarService\":{\"Proxy\":{\"LocalServicePort\":true}}}}",
-         "Connect.SidecarService.Proxy.LocalServicePort is set by meshx_node: leave it "
-         "out"},
+         "Connect.SidecarService.Proxy.LocalServicePort must be left out: "
+         "inet_dist_listen_min decides"},
         /* The agent takes any case, and some keys with underscores. */
-        {"{\"id\":\"x\"}", "id must be written ID"},
+        {"{\"id\":\"x\"}", "id must be left out: the node's name decides"},
         {"{\"meta\":{}}", "meta must be written Meta"},
         {"{\"Connect\":{\"sidecar_service\":{}}}",
          "Connect.sidecar_service must be written SidecarService"},
         {"{\"Connect\":{\"SidecarService\":{\"Proxy\":{\"local_service_port\":1}}}}",
-         "Connect.SidecarService.Proxy.local_service_port must be written "
-         "LocalServicePort"},
-        {"{\"_P_O_R_T_\":1}", "_P_O_R_T_ must be written Port"},
+         "Connect.SidecarService.Proxy.local_service_port must be left out: "
+         "inet_dist_listen_min decides"},
+        {"{\"_P_O_R_T_\":1}", "_P_O_R_T_ must be left out: inet_dist_listen_min decides"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct document_registration registration = base();
@@ -304,14 +309,14 @@ static void templates_that_do_not_fit(void **state) {
     registration.upstreams = two_upstreams;
     registration.upstream_count = 2;
     registration.upstream_template = "{\"LocalBindPort\":[]}";
-    assert_refuses(&registration,
-                   "upstream_template: ", "LocalBindPort must not be given as an array");
+    assert_refuses(&registration, "upstream_template: ",
+                   "LocalBindPort must be left out: upstream_ports decides");
     registration.upstream_template = "{\"destination_name\":\"x\"}";
     assert_refuses(&registration, "upstream_template: ",
-                   "destination_name must be written DestinationName");
+                   "destination_name must be left out: the dialled node decides");
     registration.upstream_template = "{\"LocalBindPort\":1234}";
     assert_refuses(&registration, "upstream_template: ",
-                   "LocalBindPort is set by meshx_node: leave it out");
+                   "LocalBindPort must be left out: upstream_ports decides");
     /* Found before there is an upstream. */
     registration.upstream_count = 0;
     for (size_t i = 0; i < 3; i++) {
@@ -319,7 +324,7 @@ static void templates_that_do_not_fit(void **state) {
             (const char *const[]){"{\"LocalBindPort\":1}", "{\"LocalBindPort\":2}",
                                   "{\"LocalBindPort\":1234}"}[i];
         assert_refuses(&registration, "upstream_template: ",
-                       "LocalBindPort is set by meshx_node: leave it out");
+                       "LocalBindPort must be left out: upstream_ports decides");
     }
     registration.service_template = NULL;
     registration.upstream_template = "{\"LocalBindAddress\":\"127.0.0.1\"}";
