@@ -223,6 +223,14 @@ bool mesh_lookup_allowed(const struct mesh *mesh, const struct meshx_failure *fa
     return failure == NULL && allowed;
 }
 
+/* From now on they are watched, as soon as that is possible. */
+static void want_intentions(struct mesh *mesh) {
+    if (!mesh->intentions.wanted && !mesh->config.values.control_node) {
+        mesh->intentions.wanted = true;
+        mesh_watch_begin(mesh);
+    }
+}
+
 /* Of the two directions a denial says more than another failure. Two denials are told of
  * together: who allows only the one would be denied once more. */
 static void allowed_answered(struct mesh_request *request,
@@ -234,6 +242,9 @@ static void allowed_answered(struct mesh_request *request,
                              &found) &&
         !lets_in) {
         struct meshx_failure before = request->allowed;
+        if (found.code == MESHX_EDENIED) {
+            want_intentions(request->mesh); /* the next denial can name its intention */
+        }
         if (before.code != MESHX_EDENIED) {
             request->allowed = found;
         } else if (found.code == MESHX_EDENIED) {
@@ -344,9 +355,8 @@ void mesh_lookup(struct mesh_request *request) {
     bool listed = many && request->kind == MESH_REQUEST_DIAL && !request->again &&
                   (mesh->lone_lookups > 0 || mesh->listing);
     request->lookups = 1; /* this function itself, since some answers come at once */
-    if (many && !mesh->intentions.wanted) {
-        mesh->intentions.wanted = true;
-        mesh_watch_begin(mesh);
+    if (many) {
+        want_intentions(mesh);
     }
     if (listed) {
         request->lookups++;
