@@ -207,6 +207,7 @@ text(Format, Arguments) ->
 -spec init([]) -> {ok, #state{}}.
 init([]) ->
     process_flag(trap_exit, true),
+    ok = meshx_node_select:asks_again(),
     {ok, #state{}}.
 
 -spec handle_call(term(), gen_server:from(), #state{}) ->

@@ -6,11 +6,12 @@
 %% another carrier's plain TCP, and those in `upstreams'. Alone we want all: whoever dials learns
 %% from us why a node can't be reached.
 %%
-%% Called by net_kernel's process, which does nothing else meanwhile. So a question has ?TIME,
-%% twice at most, and when that has passed without an answer, none is asked for the next ?PAUSE.
+%% Called by net_kernel's process, which does nothing else meanwhile; by one of its own for each dial
+%% as of OTP 29. So a question has ?TIME, twice at most, and when that has passed without an answer,
+%% none is asked for the next ?PAUSE.
 -module(meshx_node_select).
 
--export([takes/1, is_alone/0, warnings/0, why_not_started/0]).
+-export([takes/1, asks_again/0, is_alone/0, warnings/0, why_not_started/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
@@ -45,7 +46,7 @@ is_in_mesh(Node) ->
         {error, {_, Text}} ->
             left_to_others(Node, Text);
         timeout ->
-            put(?MODULE, erlang:monotonic_time(millisecond) + ?PAUSE),
+            persistent_term:put(?MODULE, erlang:monotonic_time(millisecond) + ?PAUSE),
             Format = "the Consul agent has not answered within ~b s, and is not asked for ~b s now",
             left_to_others(Node, io_lib:format(Format, [?TIME div 1000, ?PAUSE div 1000]))
     end.
@@ -54,12 +55,19 @@ left_to_others(Node, Why) ->
     ?LOG_WARNING("meshx_node: ~ts is left to the other carriers: ~ts", [Node, Why]),
     false.
 
-%% In net_kernel's dictionary: no other process asks.
+%% No process that asks need live till the next question. A small integer: no process is collected
+%% when it changes.
 is_pausing() ->
-    case get(?MODULE) of
+    case persistent_term:get(?MODULE, undefined) of
         undefined -> false;
         Until -> erlang:monotonic_time(millisecond) < Until
     end.
+
+%% For a distribution that starts anew, maybe with another agent.
+-spec asks_again() -> ok.
+asks_again() ->
+    _ = persistent_term:erase(?MODULE),
+    ok.
 
 %% A node gets its name from the first it is linked with (-sname undefined).
 own_name() ->
