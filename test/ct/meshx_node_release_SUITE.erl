@@ -51,7 +51,21 @@ end_per_suite(Config) -> meshx_ct:end_suite(Config).
 
 init_per_testcase(Case, Config) ->
     [Tool | _] = string:split(atom_to_list(Case), "_"),
-    [{project, filename:join(?config(directory, Config), Tool)} | Config].
+    Project = filename:join(?config(directory, Config), Tool),
+    [{project, Project} | with(libraries(Case, Project), Config)].
+
+%% Debian's erl of OTP 29 begins in /usr/lib/erlang, also the copy that rebar3 puts into a release, and
+%% nodetool with it: then README's ERL_LIBS is what it has the carrier from. With that, rebar3 shell
+%% would start two nodes: it has an erl -sname start epmd.
+libraries(rebar3_shell, _) ->
+    [];
+libraries(_, Project) ->
+    [
+        {"ERL_LIBS", filename:join([Project, filename:dirname(Erts), "lib"])}
+     || Erts <- filelib:wildcard("_build/default/rel/*/erts-*", Project),
+        {ok, Erl} <- [file:read_file(filename:join([Project, Erts, "bin/erl"]))],
+        re:run(Erl, "^ *ROOTDIR=/", [multiline, {capture, none}]) =:= match
+    ].
 
 %% What a failed case has left running is found by where its programs are.
 end_per_testcase(_, Config) ->
