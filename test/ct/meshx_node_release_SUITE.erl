@@ -235,10 +235,9 @@ rebar3_nodetool(Config) ->
     Node = "uses_meshx_node@" ++ meshx_ct:host(),
     Release = start(Config, ?REBAR3 "foreground"),
     ready(Config, Node, <<"sys_config">>),
-    ?assertEqual(
-        {1, <<"Node is not running!\n">>},
-        meshx_ct_project:try_run(Config, ?config(project, Config), ?REBAR3 "ping")
-    ),
+    %% The commands of newer releases of rebar3 take nodetool by themselves, as there is a -proto_dist.
+    ByItself = meshx_ct_project:try_run(Config, ?config(project, Config), ?REBAR3 "ping"),
+    ?assert(lists:member(ByItself, [{1, <<"Node is not running!\n">>}, {0, <<"pong\n">>}])),
     NodeTool = with([{"USE_NODETOOL", "1"}], Config),
     rebar3_talks(NodeTool, Node),
     _ = answer(NodeTool, ?REBAR3 "stop"),
@@ -260,6 +259,8 @@ rebar3_daemon_with_a_long_name(Config0) ->
     ?assertEqual("pong", answer(Config, ?REBAR3 "ping")),
     erl_remote(Config, Node),
     Console = start(Config, ?REBAR3 "daemon_attach"),
+    %% The ping before that, if it is nodetool's, would read what is typed.
+    meshx_ct_terminal:expect(Console, "^Attaching to "),
     ask(Console, "\nnode().", "^'" ++ Node ++ "'$"),
     %% The end of its input is not the node's.
     meshx_ct_terminal:type(Console, "\^D"),
