@@ -66,8 +66,8 @@ const char *meshx_error_name(int code);
 
 /* A failure with one line of text for people: the culprit first, then the remedy. */
 struct meshx_failure {
-    int code; /* enum meshx_error */
-    char text[512];
+    int code;        /* enum meshx_error */
+    char text[1024]; /* cut at its end if need be */
 };
 
 /* The control thread. */

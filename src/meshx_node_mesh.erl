@@ -7,7 +7,8 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, find/3, accepts/2]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, find/3, is_static/1]).
+-export([accepts/2]).
 -export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([upstream/0, how/0]).
@@ -148,6 +149,15 @@ find(Node, Own, Time) ->
         exit:{_, _} -> not_started()
     end.
 
+%% Whether Node has a static address, for which the agent isn't asked.
+-spec is_static(node()) -> boolean().
+is_static(Node) ->
+    try
+        gen_server:call(?MODULE, {is_static, Node}) =:= true
+    catch
+        exit:{_, _} -> false
+    end.
+
 %% Whether intentions allow a link to Node, which has dialled us. Where they can't be asked (in
 %% time) they do: its sidecar and ours have let it through. `direct': a process of our own user that
 %% is not our sidecar has dialled, a control node on this host; they don't concern it.
@@ -241,6 +251,8 @@ handle_call({upstream, Node, Mode}, From, #state{config = #{upstreams := Static}
         #{Node := {Ip, Port}} -> {reply, {ok, {static, Ip, Port}}, S};
         #{} -> ask_mesh(Node, Mode, From, S)
     end;
+handle_call({is_static, Node}, _From, #state{config = #{upstreams := Static}} = S) ->
+    {reply, is_map_key(Node, Static), S};
 handle_call(info, From, S) ->
     request({other, From}, S, fun(Request) -> meshx_node_nif:mesh_info(S#state.mesh, Request) end);
 handle_call(allowed_uids, _From, #state{config = #{allowed_uids := Uids}} = S) ->

@@ -21,7 +21,11 @@
 
 -spec takes(node()) -> boolean().
 takes(Node) ->
-    is_alone() orelse (not is_pausing() andalso is_in_mesh(Node)).
+    is_alone() orelse
+        case is_pausing() of
+            true -> meshx_node_mesh:is_static(Node);
+            false -> is_in_mesh(Node)
+        end.
 
 -spec is_alone() -> boolean().
 is_alone() ->

@@ -430,8 +430,9 @@ int document_registration(const struct document_registration *registration, char
     if (result == MESHX_OK && service_template != NULL) {
         result = merge(document, service_template, &place, failure);
     }
-    if (result == MESHX_OK && registration->sidecar_address == NULL &&
-        find_lookalike(document, "Address") != NULL) {
+    const char *key = find_lookalike(document, "Address");
+    if (result == MESHX_OK && registration->sidecar_address == NULL && key != NULL &&
+        json_string_length(json_object_get(document, key)) > 0) {
         const struct place address = {&place, "Address"};
         result = template_failure(failure, &address, "needs sidecar_address too:",
                                   "the sidecar would listen there");

@@ -181,7 +181,7 @@ struct mesh_intentions {
     struct document_intentions to;   /* with it as destination */
     bool otherwise;                  /* whether all else is allowed */
     bool known;                      /* these three, as of the last change */
-    bool wanted;      /* by links, or by lookups that come together; from then on */
+    bool wanted;      /* by links, denials, or lookups that come together */
     bool incomplete;  /* an answer of those under way was none */
     bool again;       /* there was a change meanwhile */
     unsigned pending; /* answers to come */

@@ -249,9 +249,9 @@ static void allowed_answered(struct mesh_request *request,
             request->allowed = found;
         } else if (found.code == MESHX_EDENIED) {
             error_set(&request->allowed, MESHX_EDENIED,
-                      "%s; %s => %s is denied too: `consul intention create -replace "
-                      "-allow %s %s`",
-                      before.text, source, destination, source, destination);
+                      "%s; the other way is denied too: `consul intention create "
+                      "-replace -allow %s %s`",
+                      before.text, source, destination);
         }
     }
     mesh_upstream_looked_up(request);

@@ -175,19 +175,19 @@ static void on_applied(struct mesh *mesh) {
     mesh_registration_apply(mesh);
 }
 
+static bool has_template(const struct mesh *mesh) {
+    const struct meshx_config *config = &mesh->config.values;
+    return config->service_template != NULL ||
+           (config->upstream_template != NULL && mesh->upstream_count > 0);
+}
+
 static void on_registered(const struct meshx_failure *failure, void *argument) {
     struct mesh *mesh = argument;
     struct mesh_registration *registration = &mesh->registration;
-    const struct meshx_config *config = &mesh->config.values;
-    const char *template = config->service_template == NULL    ? "upstream_template"
-                           : config->upstream_template == NULL ? "service_template"
-                                                               : "one of the templates";
-    bool has_template =
-        config->service_template != NULL || config->upstream_template != NULL;
     struct meshx_failure named;
-    if (failure != NULL && failure->code == MESHX_EAGENT_REFUSED && has_template) {
-        error_set(&named, failure->code, "%s; what does %s add?", failure->text,
-                  template);
+    if (failure != NULL && failure->code == MESHX_EAGENT_REFUSED && has_template(mesh)) {
+        error_set(&named, failure->code,
+                  "%s (service_template and upstream_template add to it)", failure->text);
         failure = &named;
     }
     if (failure == NULL) {

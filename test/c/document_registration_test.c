@@ -154,6 +154,9 @@ static void service_has_no_address(void **state) {
     assert_field(&registration, address, NULL);
     registration.service_template = "{\"Address\":\"10.0.0.2\"}";
     assert_field(&registration, address, "10.0.0.2"); /* the user's wish */
+    registration.sidecar_address = NULL;
+    registration.service_template = "{\"Address\":\"\"}";
+    assert_field(&registration, address, "");
 }
 
 static void texts_are_escaped(void **state) {

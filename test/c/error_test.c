@@ -67,11 +67,11 @@ static void cuts_long_text(void **state) {
 
     /* Just full, then just over, with errno's words. */
     memset(&failure, 0, sizeof failure);
-    error_set_errno(&failure, EIO, "%.*s", 505, text);
-    assert_int_equal(strlen(failure.text), 511);
-    assert_string_equal(failure.text + 505, ": Inpu");
-    error_set_errno(&failure, EIO, "%.*s", 600, text);
-    assert_int_equal(strlen(failure.text), 511);
+    error_set_errno(&failure, EIO, "%.*s", 1017, text);
+    assert_int_equal(strlen(failure.text), 1023);
+    assert_string_equal(failure.text + 1017, ": Inpu");
+    error_set_errno(&failure, EIO, "%.*s", 1100, text);
+    assert_int_equal(strlen(failure.text), 1023);
 }
 
 /* A character of 2, 3 and 4 bytes at every place around the cut. */
@@ -81,25 +81,25 @@ static void cuts_between_characters(void **state) {
                                              "\xf0\x9f\x98\x80"};
     for (size_t c = 0; c < 3; c++) {
         size_t size = strlen(characters[c]);
-        for (size_t before = 500; before <= 512; before++) {
+        for (size_t before = 1012; before <= 1024; before++) {
             struct meshx_failure failure = {0};
-            char text[600];
+            char text[1100];
             memset(text, 'x', sizeof text);
             memcpy(text + before, characters[c], size);
-            text[599] = '\0';
+            text[1099] = '\0';
             error_set(&failure, MESHX_ECONFIG, "%s", text);
-            size_t expected = before >= 511 || before + size <= 511 ? 511 : before;
+            size_t expected = before >= 1023 || before + size <= 1023 ? 1023 : before;
             assert_int_equal(strlen(failure.text), expected);
         }
     }
     /* Not UTF-8 at all: nothing to save, but nothing read out of bounds. */
     struct meshx_failure failure = {0};
-    char text[600];
+    char text[1100];
     memset(text, 0x80, sizeof text);
-    text[599] = '\0';
+    text[1099] = '\0';
     error_set(&failure, MESHX_ECONFIG, "%s", text);
-    assert_int_equal(strlen(failure.text), 511);
-    assert_int_equal(strspn(failure.text, "?"), 511);
+    assert_int_equal(strlen(failure.text), 1023);
+    assert_int_equal(strspn(failure.text, "?"), 1023);
 }
 
 /* As an agent's error page, or jansson's quote of half a character, may have it. */

@@ -21,7 +21,7 @@ struct node_event {
     uint16_t port;
     bool direct;
     enum meshx_level level;
-    char text[600];         /* of the failure, the log or the output */
+    char text[1024];        /* of the failure, the log or the output */
     struct meshx_info info; /* without its pointers */
     uint16_t upstream_ports[NODE_UPSTREAMS];
     bool waited_for;

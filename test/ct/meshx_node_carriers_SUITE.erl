@@ -214,13 +214,19 @@ unhealthy_is_not_left_to_others(Config) ->
 
 %% Nodes are left to inet_tcp, and net_kernel waits once only.
 a_silent_agent_holds_nobody_up(Config) ->
-    #{agent := #{process := Agent}} = One = node_of(Config, one),
+    Static = {"MESHX_UPSTREAMS", lists:concat(["far@127.0.0.1=127.0.0.1:", meshx_ct_agent:free_port()])},
+    #{env := Env} = Options = options(Config, "inet_tcp meshx_node"),
+    #{agent := #{process := Agent}} = One =
+        meshx_ct:start(Config, full_name(five), Options#{env := [Static | Env], scope := testcase}),
     Mark = meshx_ct:mark(One),
     meshx_ct_proc:signal(Agent, "STOP"),
     try
-        ?assertEqual(tcp, carrier(Config, one, old)),
-        ?assertEqual(tcp, carrier(Config, one, old)),
-        ?assertEqual(tcp, carrier(Config, one, two))
+        ?assertEqual(tcp, carrier(One, node_of(Config, old))),
+        ?assertEqual(tcp, carrier(One, node_of(Config, old))),
+        ?assertEqual(tcp, carrier(One, node_of(Config, two))),
+        %% No question is needed for it.
+        ?assertNot(meshx_ct:connect(One, 'far@127.0.0.1')),
+        meshx_ct:wait("our refusal", fun() -> meshx_ct:has_line(One, Mark, "no link to far@127.0.0.1: ") end)
     after
         meshx_ct_proc:signal(Agent, "CONT")
     end,
