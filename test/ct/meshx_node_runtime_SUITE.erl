@@ -439,7 +439,10 @@ what_a_dropped_link_leaves(Config) ->
         linked(A, B),
         meshx_ct:call(A, fun() ->
             process_flag(trap_exit, true),
-            Remote = spawn_link(NameB, ?MODULE, answer, []),
+            Remote = spawn_link(NameB, ?MODULE, answer, [self()]),
+            receive
+                {Remote, traps_exits} -> ok
+            end,
             Plain = monitor(process, Remote),
             OneReply = monitor(process, Remote, [{alias, reply_demonitor}]),
             Alias = alias(),
@@ -493,8 +496,9 @@ name(Alias, _, Alias) -> alias;
 name(_, _, _) -> itself.
 
 %% Ends only by being asked: its link to the asking process must not end it.
-answer() ->
+answer(Asking) ->
     process_flag(trap_exit, true),
+    Asking ! {self(), traps_exits},
     receive
         {answer, Answers} -> [To ! {Ref, hello} || {To, Ref} <- Answers]
     end.
