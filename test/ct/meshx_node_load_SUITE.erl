@@ -201,7 +201,7 @@ messages_nobody_receives_stop_no_others(Config) ->
     end).
 
 %% Beside others that are received at once, and small: what they share with these is kept too.
--define(WAITING, 4000).
+-define(WAITING, 10000).
 
 messages_that_wait_take_little_memory(Config) ->
     [A, #{node := Node} = B] = two_directly(Config),
@@ -220,11 +220,13 @@ messages_that_wait_take_little_memory(Config) ->
             {Sink, stopped} -> ok
         end
     end),
-    meshx_ct:call(B, fun() -> [garbage_collect(Pid) || Pid <- processes()] end),
-    Each = (meshx_ct:call(B, erlang, memory, [total]) - Before) div ?WAITING,
-    ct:log("~b bytes for each message that waits", [Each]),
-    ?assert(Each > 0),
-    ?assert(Each < 2 * ?KIB).
+    %% What only passed through is freed when the VM gets to it.
+    meshx_ct:wait("little memory for each message that waits", fun() ->
+        meshx_ct:call(B, fun() -> [garbage_collect(Pid) || Pid <- processes()] end),
+        Each = (meshx_ct:call(B, erlang, memory, [total]) - Before) div ?WAITING,
+        ct:log("~b bytes for each message that waits", [Each]),
+        Each > 0 andalso Each < 2 * ?KIB
+    end).
 
 two_directly(Config) ->
     Port = meshx_ct_agent:free_port(),
