@@ -157,9 +157,9 @@ environment(Consul, Extra) ->
      || {Name, Value} <- lists:sort(maps:to_list(All)), Value =/= false
     ].
 
-%% The agent's address as consul understands what it is to us: some versions take a slash at the end
-%% for a part of the port, those that know a path want a scheme before it, and all take port 80 where
-%% none is given.
+%% The agent's address as consul understands what it is to us (c_src/core/endpoint.c): some versions
+%% take a slash at the end for a part of the port, those that know a path want a scheme before it, and
+%% all take port 80 where none is given.
 given(<<"CONSUL_HTTP_ADDR">>, <<"unix://", _/binary>> = Address) ->
     Address;
 given(<<"CONSUL_HTTP_ADDR">>, <<_, _/binary>> = Address) ->

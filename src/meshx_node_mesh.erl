@@ -7,7 +7,7 @@
 
 -behaviour(gen_server).
 
--export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, find/3, is_static/1]).
+-export([start_link/0, start_service/3, start_control_node/1, drain/0, upstream/2, find/3, is_static/2]).
 -export([accepts/2]).
 -export([link_up/4, info/0, service_name/1, allowed_uids/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
@@ -149,11 +149,12 @@ find(Node, Own, Time) ->
         exit:{_, _} -> not_started()
     end.
 
-%% Whether Node has a static address, for which the agent isn't asked.
--spec is_static(node()) -> boolean().
-is_static(Node) ->
+%% Whether Node has a static address, for which the agent isn't asked; not, if that isn't known in so
+%% many ms.
+-spec is_static(node(), pos_integer()) -> boolean().
+is_static(Node, Time) ->
     try
-        gen_server:call(?MODULE, {is_static, Node}) =:= true
+        gen_server:call(?MODULE, {is_static, Node}, Time) =:= true
     catch
         exit:{_, _} -> false
     end.

@@ -23,7 +23,7 @@
 takes(Node) ->
     is_alone() orelse
         case is_pausing() of
-            true -> meshx_node_mesh:is_static(Node);
+            true -> meshx_node_mesh:is_static(Node, ?TIME);
             false -> is_in_mesh(Node)
         end.
 

@@ -137,14 +137,13 @@ static bool is_success(const struct call *call, const struct http_answer *answer
            ((call->kind == DEREGISTER || call->kind == SERVICE) && is_unknown(answer));
 }
 
-/* Copies the agent's text as one line, with nothing in it that a log would mind. */
+/* Copies the agent's text as one line. */
 static void one_line(const struct http_answer *answer, char *out, size_t size) {
     size_t length = 0;
     for (const char *at = answer->body; *at != '\0' && length + 1 < size; at++) {
         unsigned char c = (unsigned char)*at;
-        bool is_space = c == ' ' || (c >= '\t' && c <= '\r');
-        if (!is_space) {
-            out[length++] = (char)(c < 0x20 || c == 0x7F ? '?' : c);
+        if (c > ' ') {
+            out[length++] = (char)c;
         } else if (length > 0 && out[length - 1] != ' ') {
             out[length++] = ' ';
         }

@@ -187,7 +187,8 @@ static void on_registered(const struct meshx_failure *failure, void *argument) {
     struct meshx_failure named;
     if (failure != NULL && failure->code == MESHX_EAGENT_REFUSED && has_template(mesh)) {
         error_set(&named, failure->code,
-                  "%s (service_template and upstream_template add to it)", failure->text);
+                  "%s (service_template and upstream_template, if set, add to it)",
+                  failure->text);
         failure = &named;
     }
     if (failure == NULL) {

@@ -4,9 +4,8 @@
  * It reads into a stage, memory of the link's own, and copies the whole frames in it: a
  * receiver that keeps a message pins nothing of the stage. Small frames share a binary,
  * a few at a time. Only a frame over 64 KiB, part of a large message, is read into its
- * binary directly. Only real
- * binaries may reach dist_ctrl_put_data: the emulator's decoder aborts on those of
- * enif_make_resource_binary.
+ * binary directly. Only real binaries may reach dist_ctrl_put_data: the emulator's
+ * decoder aborts on those of enif_make_resource_binary.
  */
 #include "link.h"
 #include <errno.h>

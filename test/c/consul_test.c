@@ -534,7 +534,7 @@ static void other_versions_say_it_otherwise(void **state) {
     assert_fails(&context, ALLOWED, "a", "b", MESHX_EAGENT_BUSY,
                  "asking whether a may connect to b: Consul agent at");
     web_server_set_answer(server, 500, "a\x1B[31mb\tc\nd");
-    assert_fails(&context, SERVICE, "x", NULL, MESHX_EAGENT_REFUSED, "a?[31mb c");
+    assert_fails(&context, SERVICE, "x", NULL, MESHX_EAGENT_REFUSED, "a [31mb c");
     char longer[1000];
     memset(longer, 'x', sizeof longer);
     longer[sizeof longer - 1] = '\0';
