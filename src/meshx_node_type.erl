@@ -79,6 +79,7 @@ check(boolean, Value) ->
 check(ports, {First, Last}) ->
     case {integer(First), integer(Last)} of
         {{ok, A}, {ok, B}} when A >= 1, B >= A, B =< 65535 -> {ok, {A, B}};
+        {{ok, A}, {ok, B}} when B >= 1, A > B, A =< 65535 -> {error, "ends before it begins"};
         _ -> error
     end;
 check(ports, #{'__struct__' := 'Elixir.Range', first := First, last := Last}) ->

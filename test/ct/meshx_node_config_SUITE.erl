@@ -244,8 +244,9 @@ values_that_are_refused(_) ->
         {upstream_keep, "milliseconds", [0, 999]},
         {force_registration, "true or false", [yes, 1, "", [true]]},
         {sidecar_ports, "1 to 65535", [
-            {0, 5}, {5, 4}, {1, 65536}, 0, 65536, "a-b", <<"1-2-3">>, "", {1}, #{}, <<"99999">>
+            {0, 5}, {5, 0}, {1, 65536}, 0, 65536, "a-b", <<"1-2-3">>, "", {1}, #{}, <<"99999">>
         ]},
+        {sidecar_ports, "ends before it begins", [{5, 4}, <<"23000-22000">>]},
         {intention_directions, "both or dial", [none, "", "Both", 2, [dial], true]},
         {sidecar_stderr, "off or a logger level", [loud, 3, "", false]},
         {sidecar_address, "numeric IP address", [
