@@ -234,6 +234,37 @@ static void loopback_has_a_bounded_receive_buffer(void **state) {
     }
 }
 
+/* Both ends may write until the peer has no room, and little beyond. */
+static void what_is_not_sent_is_bounded(void **state) {
+    (void)state;
+    static char bytes[16 * 1024];
+    struct sock_address address;
+    struct sock_address bound;
+    struct sock_options options = SOCK_OPTIONS_DEFAULT;
+    options.rcvbuf = 30000;
+    int listener = -1;
+    int accepted = -1;
+    assert_int_equal(sock_address_parse("127.0.0.1", 0, &address), 0);
+    assert_int_equal(sock_listen(&address, &options, &listener), 0);
+    assert_int_equal(sock_local(listener, &bound), 0);
+    int client = connect_to(&bound, &options);
+    wait_for(listener, POLLIN);
+    assert_int_equal(sock_accept(listener, &options, &accepted, NULL), 0);
+    const int ends[] = {client, accepted};
+    for (size_t i = 0; i < 2; i++) {
+        ssize_t sent = 0;
+        size_t all = 0;
+        while ((sent = send(ends[i], bytes, sizeof bytes, MSG_NOSIGNAL)) > 0) {
+            all += (size_t)sent;
+        }
+        assert_int_equal(errno, EAGAIN);
+        assert_in_range(all, 256 * 1024, 512 * 1024);
+    }
+    close(client);
+    close(accepted);
+    close(listener);
+}
+
 static void ipv6_options_are_set(void **state) {
     (void)state;
     if (!has_ipv6()) {
@@ -529,6 +560,7 @@ int main(void) {
         cmocka_unit_test(accepts_who_says_nothing),
         cmocka_unit_test(options_are_set),
         cmocka_unit_test(loopback_has_a_bounded_receive_buffer),
+        cmocka_unit_test(what_is_not_sent_is_bounded),
         cmocka_unit_test(ipv6_options_are_set),
         cmocka_unit_test(failures_leave_nothing_open),
         cmocka_unit_test(accept_with_wrong_option),
