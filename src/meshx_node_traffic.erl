@@ -12,7 +12,7 @@
 -export([input/3]).
 
 %% Output: bytes and frames gathered for one write, behind which what comes next waits: half of what the
-%% emulator queues by default before it suspends senders (+zdbbl), so that one write lets them go on.
+%% emulator queues by default before it suspends senders (+zdbbl), so that one or two let them go on.
 -define(GATHER_BYTES, 524288).
 -define(GATHER_FRAMES, 500).
 %% Frames of the first writes, and what part of what was written before may go in one.
