@@ -44,15 +44,15 @@ info(Node, Key) ->
     {ok, Value} = meshx_ct:call(Node, meshx_node, info, [Key]),
     Value.
 
-%% The link can be made, as soon as the faults before are mended.
+%% The link can be made, as soon as the faults before, which have been noticed, are mended.
 links(#{agent := Agent, node := NameA} = A, #{node := NameB} = B) ->
+    [meshx_ct:wait("the sidecar", fun() -> info(Node, sidecar_accepts) end) || Node <- [A, B]],
     [
         meshx_ct:wait([atom_to_list(Name), " to be found"], fun() ->
             meshx_ct_agent:healthy(Agent, atom_to_binary(Name)) =/= []
         end)
      || Name <- [NameA, NameB]
     ],
-    [meshx_ct:wait("the sidecar", fun() -> info(Node, sidecar_accepts) end) || Node <- [A, B]],
     ?assert(meshx_ct:connect(A, B)).
 
 is_critical(#{agent := Agent, node := Name}) ->
@@ -75,12 +75,14 @@ sidecar_killed_again_and_again(Config) ->
 killed(A, B, Signal) ->
     links(A, B),
     Sidecar = meshx_ct:sidecar(B),
+    Starts = info(B, sidecar_starts),
     [meshx_ct:call(Node, ?MODULE, note_nodedown, []) || Node <- [A, B]],
     Begin = os:system_time(microsecond),
     meshx_ct_proc:signal(Sidecar, Signal),
     Downs = [noted_nodedown(A, B), noted_nodedown(B, A)],
     Times = [Down - Begin || Down <- Downs],
     [?assert(Time < ?NODEDOWN_TIME * 1000) || Time <- Times],
+    meshx_ct:wait("another sidecar", fun() -> info(B, sidecar_starts) > Starts end),
     Times.
 
 noted_nodedown(Node, #{node := Other}) ->
