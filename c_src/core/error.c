@@ -50,11 +50,14 @@ static size_t character_size(const unsigned char *text) {
 static void make_line(char *text, bool cut) {
     while (*text != '\0') {
         size_t size = character_size((const unsigned char *)text);
+        unsigned char c = (unsigned char)*text;
+        if (size == 2 && c == 0xC2 && (unsigned char)text[1] < 0xA0) {
+            memset(text, ' ', size); /* U+0080 to U+009F: CSI and its kin */
+        }
         if (size > 1) {
             text += size;
             continue;
         }
-        unsigned char c = (unsigned char)*text;
         if (size == 0 && cut && c >= 0xC0 && strlen(text) < 4) {
             *text = '\0';
             return;

@@ -53,6 +53,10 @@ static void stays_one_line(void **state) {
     struct meshx_failure failure = {0};
     error_set(&failure, MESHX_ECONFIG, "a\r\nb\tc\x7f\x1b[0m \xc3\xa4");
     assert_string_equal(failure.text, "a  b c  [0m \xc3\xa4");
+    error_set(&failure, MESHX_ECONFIG,
+              "a\xc2\x80\xc2\x9b"
+              "0m\xc2\xa0\xc2\x9f");
+    assert_string_equal(failure.text, "a    0m\xc2\xa0  ");
 }
 
 static void cuts_long_text(void **state) {

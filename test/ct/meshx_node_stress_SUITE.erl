@@ -378,7 +378,12 @@ new_code_under_a_running_node(Config) ->
     meshx_ct:wait("the first echo", fun() -> meshx_ct:call(B, erlang, whereis, [?MODULE]) =/= undefined end),
     ?assertEqual({error, sticky_directory}, meshx_ct:call(A, code, load_file, [meshx_node_nif])),
     Started = info(A, sidecar_starts),
-    [meshx_ct:call(A, ?MODULE, load_anew, [fun() -> meshx_node:info() end]) || _ <- lists:seq(1, 20)],
+    Load = fun() -> meshx_ct:call(A, ?MODULE, load_anew, [fun() -> meshx_node:info() end]) end,
+    [Load() || _ <- lists:seq(1, 20)],
+    meshx_ct:wait("calls while code is loaded", fun() ->
+        Load(),
+        meshx_ct:call(B, ?MODULE, echoes_so_far, []) > 20
+    end),
     true = meshx_ct:call(B, ?MODULE, tell, []),
     receive
         {Watcher, Echoes} -> ?assert(is_integer(Echoes))
@@ -394,8 +399,8 @@ info(Node, Key) ->
     {ok, Value} = meshx_ct:call(Node, meshx_node, info, [Key]),
     Value.
 
-%% On a node: calls to another one, over one and the same link, until tell/0, and some more. Returns
-%% how many, or that the link went down.
+%% On a node: calls to another one, over one and the same link, until tell/0. Returns how many, or
+%% that the link went down.
 echoes_until_told(Name) ->
     register(?MODULE, self()),
     true = erlang:monitor_node(Name, true),
@@ -405,9 +410,15 @@ echoes_until_told(Name, Count) ->
     Count = erpc:call(Name, erlang, abs, [Count], 20000),
     receive
         {nodedown, Name} -> {nodedown, Count};
-        stop when Count > 20 -> Count
-    after 0 -> echoes_until_told(Name, Count + 1)
+        stop -> Count
+    after 0 ->
+        put(?MODULE, Count),
+        echoes_until_told(Name, Count + 1)
     end.
+
+echoes_so_far() ->
+    {dictionary, Dictionary} = process_info(whereis(?MODULE), dictionary),
+    proplists:get_value(?MODULE, Dictionary, 0).
 
 tell() ->
     ?MODULE ! stop,
