@@ -25,19 +25,40 @@
 -define(URGENT, 64).
 %% Judgements at high priority until others have a turn.
 -define(PER_TURN, 8).
+%% Frames written with nothing left in between that tell of a stream of small messages, if they have
+%% fewer bytes on average than this; and frames after a rest that tell that it goes on.
+-define(MANY, 512).
+-define(SMALL_MEAN, 4096).
+-define(STILL_MANY, 64).
+%% The shortest rest and the longest, microseconds.
+-define(REST_MIN, 64).
+-define(REST_MAX, 1000).
+%% What part of the bytes that the emulator queues (+zdbbl) a rest should bring, at least and at
+%% most. More is queued than has been sent: each message has some 100 bytes of its own there.
+-define(RESTED_LEAST_PART, 4).
+-define(RESTED_MOST_PART, 2).
 
-%% Input: bytes of large messages, and how many of these, after which it is looked whether they
+%% Input: bytes of messages, weighed, and how many of these, after which it is looked whether they
 %% have been received.
 -define(WINDOW_BYTES, 1048576).
 -define(WINDOW_MESSAGES, 2).
 %% How many times as much the bytes of messages in fragments count.
 -define(FRAGMENTS_WEIGHT, 4).
-%% A message of fewer bytes isn't looked at: the look would cost more than it saves.
+%% A message of fewer bytes is looked at only if it is a read's last: a look at each would cost more
+%% than it saves. What such a message costs beside its bytes, and what part of it all counts.
 -define(LARGE, 4096).
+-define(SMALL_COST, 256).
+-define(SMALL_PART, 4).
 %% The first pause and the last, each of which is twice as long as the one before, microseconds;
 %% then input goes on though they haven't: they may never be.
 -define(PAUSE, 64).
 -define(PAUSE_MAX, 2048).
+%% The pause before which it is noted how many are left. If as many are after the last one, nobody
+%% waits for their receivers until so many more bytes have come.
+-define(PAUSE_NOTED, 1024).
+-define(KEPT_BYTES, 8388608).
+%% After so long without input, ms, it doesn't matter any more how far receivers were.
+-define(FORGET_TIME, 5).
 
 %% First bytes of the frames that carry a message in fragments (erl_dist_protocol, "Distribution
 %% header for fragmented messages"); the last fragment has number 1.
@@ -52,9 +73,18 @@
 %% of them we may keep the scheduler.
 -type urgency() :: normal | {pos_integer(), non_neg_integer()}.
 
-%% Large messages given to the emulator since the last look: a frame of each, and the bytes of all,
-%% weighed.
--type window() :: {[binary()], Count :: non_neg_integer(), Bytes :: non_neg_integer()}.
+%% What was written since there was nothing left, and the rest before that, microseconds.
+-record(drain, {
+    rest = 0 :: non_neg_integer(),
+    frames = 0 :: non_neg_integer(),
+    bytes = 0 :: non_neg_integer(),
+    %% of them, since the urgency was last judged
+    unjudged = 0 :: non_neg_integer()
+}).
+
+%% Messages given to the emulator since the last look: a frame of each that is looked at, and the
+%% bytes of all, weighed; negative: until they are looked at again.
+-type window() :: {[binary()], Count :: non_neg_integer(), Bytes :: integer()}.
 
 %% The calling process, owner of the link, becomes its output process.
 -spec run(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
@@ -114,20 +144,55 @@ output(Handle, Link, Urgency) ->
 %% and more goes into one write.
 -spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency()) -> urgency().
 drain(Handle, Link, Urgency) ->
-    drain(Handle, Link, Urgency, 0, 0).
+    drain(Handle, Link, Urgency, #drain{}).
 
-%% Written frames; Unjudged bytes since the urgency was last judged.
-drain(Handle, Link, Urgency, Written, Unjudged) when Unjudged >= ?MUCH ->
-    drain(Handle, Link, urgency(Unjudged, Urgency), Written, 0);
-drain(Handle, Link, Urgency, Written, Unjudged) ->
-    Most = min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART)),
-    case gather(Handle, 0, Most, []) of
+drain(Handle, Link, Urgency, #drain{unjudged = Bytes} = Drain) when Bytes >= ?MUCH ->
+    drain(Handle, Link, urgency(Bytes, Urgency), Drain#drain{unjudged = 0});
+drain(Handle, Link, Urgency, Drain) ->
+    case gather(Handle, 0, most(Drain), []) of
         {[], _} ->
-            erlang:dist_ctrl_get_data_notification(Handle),
-            urgency(Unjudged, Urgency);
+            drained(Handle, Link, urgency(Drain#drain.unjudged, Urgency), rest(Drain));
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link, Urgency, Written + length(Frames), Unjudged + Bytes)
+            drain(Handle, Link, Urgency, Drain#drain{
+                frames = Drain#drain.frames + length(Frames),
+                bytes = Drain#drain.bytes + Bytes,
+                unjudged = Drain#drain.unjudged + Bytes
+            })
+    end.
+
+drained(Handle, _Link, Urgency, 0) ->
+    erlang:dist_ctrl_get_data_notification(Handle),
+    Urgency;
+drained(Handle, Link, Urgency, Rest) ->
+    pause(Rest),
+    drain(Handle, Link, Urgency, #drain{rest = Rest}).
+
+most(#drain{rest = 0, frames = Written}) ->
+    min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART));
+most(_) ->
+    ?GATHER_FRAMES.
+
+%% A stream of small messages is mostly work for its sender, and for us; beside each other the two
+%% have much more of it than one after the other, for the locks and memory of the queue between
+%% them, and where processors are few a thread of the far side waits for ours. So we rest until a good
+%% part of the queue is full, but not until all is: a full one suspends the sender.
+-spec rest(#drain{}) -> non_neg_integer().
+rest(#drain{rest = 0, frames = Frames, bytes = Bytes}) when
+    Frames >= ?MANY, Bytes < Frames * ?SMALL_MEAN
+->
+    ?REST_MIN;
+rest(#drain{rest = 0}) ->
+    0;
+rest(#drain{frames = Frames}) when Frames < ?STILL_MANY ->
+    0;
+rest(#drain{rest = Rest, bytes = Bytes}) ->
+    Queue = erlang:system_info(dist_buf_busy_limit),
+    if
+        Bytes > Queue div ?RESTED_MOST_PART, Rest < 2 * ?REST_MIN -> 0;
+        Bytes > Queue div ?RESTED_MOST_PART -> Rest div 2;
+        Bytes < Queue div ?RESTED_LEAST_PART -> min(?REST_MAX, 2 * Rest);
+        true -> Rest
     end.
 
 %% At most Most frames.
@@ -196,12 +261,21 @@ input_loop(Handle, Link, Window) ->
             input_loop(Handle, Link, keep_pace(Frames, Window));
         {wait, Frames} ->
             put_frames(Handle, Frames),
-            receive
-                {select, Link, _, ready_input} -> ok
-            end,
-            input_loop(Handle, Link, {[], 0, 0});
+            input_loop(Handle, Link, await_input(Link, keep_pace_waiting(Frames, Window)));
         {error, Reason} ->
             exit(end_reason(Reason))
+    end.
+
+await_input(Link, {[], _, _} = Window) ->
+    receive
+        {select, Link, _, ready_input} -> Window
+    end;
+await_input(Link, Window) ->
+    receive
+        {select, Link, _, ready_input} -> Window
+    after ?FORGET_TIME ->
+        erlang:garbage_collect(),
+        await_input(Link, {[], 0, 0})
     end.
 
 put_frames(Handle, Frames) ->
@@ -211,13 +285,15 @@ put_frames(Handle, Frames) ->
         error:_ -> death_row(connection_closed)
     end.
 
-%% Input that outruns the receivers makes their message queues long, and a long queue of large
-%% messages is not only memory: a receiver's garbage collection decodes all of it (unless its
-%% message_queue_data is off_heap), so that from some length on, a few MiB, it gets ever slower.
+%% Input that outruns the receivers makes their message queues long, and a long queue is not only
+%% memory: a receiver's garbage collection decodes all of it (unless its message_queue_data is
+%% off_heap), so that from some length on, a few MiB, it gets ever slower.
 %%
 %% A message in one frame is not copied by the emulator: a binary in it refers to the frame until
-%% the receiver has collected its garbage, which may be some 400 KiB. So of such messages more is
-%% let through before the look than of those in fragments, which are copied when they are received.
+%% the receiver has collected its garbage, which may be some 400 KiB, or for as long as it keeps the
+%% binary. So of such messages more is let through before the look than of those in fragments, which
+%% are copied when they are received. Of small ones, which share a binary and are copied too, many
+%% more are: they are received in less time than a pause takes.
 -spec keep_pace([binary()], window()) -> window().
 keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
     case Frame of
@@ -234,22 +310,43 @@ keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?
         _ ->
             keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)})
     end;
-keep_pace([_Small | Frames], Window) ->
-    keep_pace(Frames, Window);
+keep_pace([Small | Frames], {Messages, Count, Bytes}) ->
+    Weighed = Bytes + (byte_size(Small) + ?SMALL_COST) div ?SMALL_PART,
+    case Frames of
+        [] -> keep_pace([], {[Small | Messages], Count + 1, Weighed});
+        _ -> keep_pace(Frames, {Messages, Count, Weighed})
+    end;
 keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES ->
-    await_receivers(Messages, Count, ?PAUSE),
-    {[], 0, 0};
+    case await_receivers(Messages, Count, ?PAUSE, Count) of
+        ok -> {[], 0, 0};
+        kept -> {[], 0, -?KEPT_BYTES}
+    end;
 keep_pace([], Window) ->
     Window.
 
-%% Waits until half of Messages have been received.
-await_receivers(Messages, Count, Pause) ->
-    case Pause =< ?PAUSE_MAX andalso 2 * held(Messages) > Count of
-        true ->
+%% A message that comes alone, as in a round trip, needs no pace.
+keep_pace_waiting([_], {[], _, _} = Window) ->
+    Window;
+keep_pace_waiting(Frames, Window) ->
+    keep_pace(Frames, Window).
+
+%% Waits until half of Messages have been received, or in vain; kept: their receivers have none of
+%% them to do with, but keep their binaries. With small messages that can't be: they are copied.
+await_receivers([Last | _] = Messages, Count, Pause, Noted) ->
+    case held(Messages) of
+        Held when 2 * Held =< Count ->
+            ok;
+        Held when Pause > ?PAUSE_MAX ->
+            case Held =:= Noted andalso byte_size(Last) >= ?LARGE of
+                true -> kept;
+                false -> ok
+            end;
+        Held ->
             pause(Pause),
-            await_receivers(Messages, Count, 2 * Pause);
-        false ->
-            ok
+            case Pause of
+                ?PAUSE_NOTED -> await_receivers(Messages, Count, 2 * Pause, Held);
+                _ -> await_receivers(Messages, Count, 2 * Pause, Noted)
+            end
     end.
 
 %% A millisecond, the least that `after' can do, is what MiBs take: nobody would have work meanwhile.

@@ -167,6 +167,9 @@ static void refuse(const struct call *call, const struct http_answer *answer,
         remedy = endpoint->token == NULL && endpoint->token_file == NULL
                      ? "; set a token that has the rights: CONSUL_HTTP_TOKEN_FILE or "
                        "CONSUL_HTTP_TOKEN"
+                 : says(answer, "ACL not found")
+                     ? "; Consul doesn't know the token in CONSUL_HTTP_TOKEN or "
+                       "CONSUL_HTTP_TOKEN_FILE (any more)"
                      : "; has the token (CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE) the "
                        "rights?";
     } else if (answer->status == 429 || answer->status == 503) {

@@ -95,7 +95,7 @@ no_token_at_boot(Config) ->
 unknown_token(Config) ->
     Secret = "00000000-dead-beef-0000-000000000000",
     Vm = meshx_ct:vm(Config, #{env => [{"CONSUL_HTTP_TOKEN", Secret}]}),
-    refused(Vm, "403 .*ACL not found").
+    refused(Vm, "403 .*ACL not found.*Consul doesn.t know the token").
 
 smallest_policy(Config) ->
     [One, Two] = [with_token(Config, Name) || Name <- [one, two]],
