@@ -49,6 +49,8 @@
 -define(LARGE, 4096).
 -define(SMALL_COST, 256).
 -define(SMALL_PART, 4).
+%% Bytes of the largest binary that is on its process's heap.
+-define(HEAP_BINARY, 64).
 %% The first pause and the last, each of which is twice as long as the one before, microseconds;
 %% then input goes on though they haven't: they may never be.
 -define(PAUSE, 64).
@@ -296,25 +298,22 @@ put_frames(Handle, Frames) ->
 %% more are: they are received in less time than a pause takes.
 -spec keep_pace([binary()], window()) -> window().
 keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
-    case Frame of
+    case fragment_number(Frame) of
+        none ->
+            keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)});
         %% Held by the emulator until the message is whole. The last one may be too small to be
         %% looked at: the last but one stands for the message.
-        <<?VERSION, Type, _Sequence:64, Number:64, _/binary>> when
-            Type =:= ?FIRST_FRAGMENT; Type =:= ?FRAGMENT
-        ->
+        2 ->
             Weighed = Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame),
-            case Number of
-                2 -> keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed});
-                _ -> keep_pace(Frames, {Messages, Count, Weighed})
-            end;
+            keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed});
         _ ->
-            keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)})
+            keep_pace(Frames, {Messages, Count, Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame)})
     end;
 keep_pace([Small | Frames], {Messages, Count, Bytes}) ->
     Weighed = Bytes + (byte_size(Small) + ?SMALL_COST) div ?SMALL_PART,
-    case Frames of
-        [] -> keep_pace([], {[Small | Messages], Count + 1, Weighed});
-        _ -> keep_pace(Frames, {Messages, Count, Weighed})
+    case Frames =:= [] andalso can_be_looked_at(Small) of
+        true -> keep_pace([], {[Small | Messages], Count + 1, Weighed});
+        false -> keep_pace(Frames, {Messages, Count, Weighed})
     end;
 keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES ->
     case await_receivers(Messages, Count, ?PAUSE, Count) of
@@ -324,20 +323,35 @@ keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?W
 keep_pace([], Window) ->
     Window.
 
-%% A message that comes alone, as in a round trip, needs no pace.
+%% Before a wait for more: there may be one after each read of small messages. It is different with
+%% large ones, of which the next takes a while to come, and with one alone.
+keep_pace_waiting([Large | _], {_, _, Bytes}) when byte_size(Large) >= ?LARGE ->
+    {[], 0, min(0, Bytes)};
 keep_pace_waiting([_], {[], _, _} = Window) ->
     Window;
 keep_pace_waiting(Frames, Window) ->
     keep_pace(Frames, Window).
 
-%% Waits until half of Messages have been received, or in vain; kept: their receivers have none of
-%% them to do with, but keep their binaries. With small messages that can't be: they are copied.
+%% No binary on our heap: nobody else can refer to it; no last fragment: see above.
+can_be_looked_at(Small) ->
+    binary:referenced_byte_size(Small) > ?HEAP_BINARY andalso fragment_number(Small) =:= none.
+
+%% The number of a message's fragment: the first has the greatest, the last 1.
+fragment_number(<<?VERSION, Type, _Sequence:64, Number:64, _/binary>>) when
+    Type =:= ?FIRST_FRAGMENT; Type =:= ?FRAGMENT
+->
+    Number;
+fragment_number(_) ->
+    none.
+
+%% Waits until half of Messages have been received, or in vain; kept: none was for long, so their
+%% receivers seem to have kept them.
 await_receivers([Last | _] = Messages, Count, Pause, Noted) ->
     case held(Messages) of
         Held when 2 * Held =< Count ->
             ok;
         Held when Pause > ?PAUSE_MAX ->
-            case Held =:= Noted andalso byte_size(Last) >= ?LARGE of
+            case Held =:= Noted andalso not is_copied(Last) of
                 true -> kept;
                 false -> ok
             end;
@@ -348,6 +362,10 @@ await_receivers([Last | _] = Messages, Count, Pause, Noted) ->
                 _ -> await_receivers(Messages, Count, 2 * Pause, Noted)
             end
     end.
+
+%% Whether no message that has been received can refer to Frame.
+is_copied(Frame) ->
+    byte_size(Frame) < ?LARGE orelse fragment_number(Frame) =/= none.
 
 %% A millisecond, the least that `after' can do, is what MiBs take: nobody would have work meanwhile.
 pause(Microseconds) ->

@@ -12,6 +12,8 @@
 %% Where the cost of a byte counts, not that of a message; the sum is over those from 64 KiB up.
 -define(CPU_SIZES, [16384, 65536, 262144, 4194304]).
 -define(CPU_SUM_SIZES, [65536, 262144, 4194304]).
+%% Of messages that are all kept, in a table.
+-define(STORED_SIZES, [1024, 16384]).
 %% Messages of which one of 100 isn't looked at: {Size, Count}.
 -define(KEPT, [{4096, 50000}, {16384, 10000}]).
 -define(KEEP_ONE_OF, 100).
@@ -56,6 +58,7 @@ figures() ->
     ] ++
         [{stream(Size), "MB/s", ["one way, ", size_text(Size)]} || Size <- ?SIZES] ++
         [{stream_terms, "MB/s", "one way, 1000 tuples"}] ++
+        [{store(Size), "MB/s", ["into a table, ", size_text(Size)]} || Size <- ?STORED_SIZES] ++
         [
             {cpu(Who, Size), "s/GB", ["CPU, ", Text, ", ", size_text(Size)]}
          || Size <- ?CPU_SIZES, {Who, Text} <- [{vms, "VMs"}, {sidecars, "sidecars"}]
@@ -82,10 +85,12 @@ figures() ->
 
 -spec steps() -> [atom()].
 steps() ->
-    [roundtrip, clients] ++ [stream(Size) || Size <- ?SIZES] ++ [stream_terms, connect, beside, slow] ++
+    [roundtrip, clients] ++ [stream(Size) || Size <- ?SIZES] ++ [stream_terms] ++
+        [store(Size) || Size <- ?STORED_SIZES] ++ [connect, beside, slow] ++
         [keep(Size) || {Size, _} <- ?KEPT].
 
 stream(Size) -> key([stream, Size]).
+store(Size) -> key([store, Size]).
 keep(Size) -> key([keep, Size]).
 keep(What, Size) -> key([keep, What, Size]).
 cpu(Who, Size) -> key([cpu, Who, Size]).
@@ -118,10 +123,10 @@ measure_tcp(roundtrip, Tcp) ->
 measure_tcp(clients, Tcp) ->
     #{clients => [meshx_bench_tcp:clients(Tcp, ?CLIENTS, ?CLIENTS_TIME)]};
 measure_tcp(Step, Tcp) ->
-    case size_of(Step) of
-        none ->
+    case [Size || Size <- ?SIZES, stream(Size) =:= Step] of
+        [] ->
             #{};
-        Size ->
+        [Size] ->
             {Rate, Sidecars} = meshx_bench_tcp:stream(Tcp, Size, ?STREAM_TIME),
             maps:merge(#{Step => [Rate]}, spent_by_sidecars(Size, Sidecars))
     end.
@@ -143,23 +148,29 @@ measure_nodes(slow, Pair) ->
     {[Sender, Receiver], ok} = growth(Pair, slow, [?SLOW_SIZE, ?SLOW_COUNT]),
     #{slow_sender => [Sender], slow_receiver => [Receiver]};
 measure_nodes(Step, Pair) ->
-    case size_of(Step) of
-        none ->
-            [{Size, Count}] = [Kept || {Size, _} = Kept <- ?KEPT, keep(Size) =:= Step],
-            {[_, Receiver], Held} = growth(Pair, keep, [Size, Count, ?KEEP_ONE_OF]),
-            #{keep(peak, Size) => [Receiver], keep(held, Size) => [Held]};
-        Size ->
-            OsPids = meshx_bench_pair:os_pids(Pair) ++ meshx_bench_pair:sidecars(Pair),
-            {Rate, [Sender, Receiver | Sidecars]} = work(Pair, stream, [Size, ?STREAM_TIME, OsPids]),
-            maps:merge(#{Step => [Rate]}, spent(Size, Sender, Receiver, Sidecars))
-    end.
+    Kinds = [
+        {fun streamed/2, ?SIZES, fun stream/1},
+        {fun stored/2, ?STORED_SIZES, fun store/1},
+        {fun kept/2, [Size || {Size, _} <- ?KEPT], fun keep/1}
+    ],
+    [{Measure, Size}] = [
+        {Measure, Size}
+     || {Measure, Sizes, Key} <- Kinds, Size <- Sizes, Key(Size) =:= Step
+    ],
+    Measure(Size, Pair).
 
-%% Of a step that is a stream of binaries.
-size_of(Step) ->
-    case [Size || Size <- ?SIZES, stream(Size) =:= Step] of
-        [Size] -> Size;
-        [] -> none
-    end.
+streamed(Size, Pair) ->
+    OsPids = meshx_bench_pair:os_pids(Pair) ++ meshx_bench_pair:sidecars(Pair),
+    {Rate, [Sender, Receiver | Sidecars]} = work(Pair, stream, [Size, ?STREAM_TIME, OsPids]),
+    maps:merge(#{stream(Size) => [Rate]}, spent(Size, Sender, Receiver, Sidecars)).
+
+stored(Size, Pair) ->
+    #{store(Size) => [work(Pair, store, [Size, ?STREAM_TIME])]}.
+
+kept(Size, Pair) ->
+    {Size, Count} = lists:keyfind(Size, 1, ?KEPT),
+    {[_, Receiver], Held} = growth(Pair, keep, [Size, Count, ?KEEP_ONE_OF]),
+    #{keep(peak, Size) => [Receiver], keep(held, Size) => [Held]}.
 
 work(Pair, Function, Arguments) ->
     meshx_bench_pair:call(Pair, Function, [meshx_bench_pair:other(Pair) | Arguments]).

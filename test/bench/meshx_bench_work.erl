@@ -5,9 +5,9 @@
 %% often; when it ends it takes its linked ends in the other node with it.
 -module(meshx_bench_work).
 
--export([roundtrip/2, clients/3, stream/4, beside/3, slow/3, keep/4, collect_garbage/0]).
+-export([roundtrip/2, clients/3, stream/4, store/3, beside/3, slow/3, keep/4, collect_garbage/0]).
 %% Ends, spawned in the other node.
--export([echo/0, sink/0, slow_sink/0, shelf/0]).
+-export([echo/0, sink/0, table/0, slow_sink/0, shelf/0]).
 
 %% In words.
 -define(HEAP, 1000000).
@@ -87,6 +87,17 @@ stream(Node, Payload, Milliseconds, OsPids) ->
         Time = now_ns() - Start,
         After = [meshx_bench_os:cpu(OsPid) || OsPid <- OsPids],
         {Bytes * 1.0e3 / Time, [(B - A) * 1.0e9 / Bytes || {A, B} <- lists:zip(Before, After)]}
+    end).
+
+%% One way, to an end that puts each message into a table and keeps it there: MB/s of payload.
+-spec store(node(), Size :: pos_integer(), Milliseconds :: pos_integer()) -> MBs :: float().
+store(Node, Size, Milliseconds) ->
+    measure(fun() ->
+        {Message, Size} = message(Size),
+        Table = spawn_link(Node, ?MODULE, table, []),
+        Start = now_ns(),
+        Bytes = pour(Table, Message, Size, Milliseconds),
+        Bytes * 1.0e3 / (now_ns() - Start)
     end).
 
 %% How long small messages take while 1 MiB messages go the same way.
@@ -250,6 +261,20 @@ sink(Count) ->
             sink(0);
         _ ->
             sink(Count + 1)
+    end.
+
+-spec table() -> no_return().
+table() ->
+    table(ets:new(?MODULE, []), 0).
+
+table(Table, Count) ->
+    receive
+        {From, acknowledge} ->
+            From ! {self(), Count},
+            table(Table, 0);
+        Message ->
+            ets:insert(Table, {Count, Message}),
+            table(Table, Count + 1)
     end.
 
 -spec slow_sink() -> no_return().

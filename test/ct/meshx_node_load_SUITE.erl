@@ -29,6 +29,7 @@ all() ->
         outgoing_bulk_leaves_another_link_its_turns,
         incoming_bulk_leaves_another_link_its_turns,
         a_stream_does_not_outrun_its_receiver,
+        small_messages_do_not_outrun_who_works_on_them,
         messages_nobody_receives_stop_no_others,
         messages_that_wait_take_little_memory,
         ticks_are_in_time_at_full_load,
@@ -42,7 +43,9 @@ init_per_suite(Config) -> meshx_ct:init_suite(Config).
 end_per_suite(Config) -> meshx_ct:end_suite(Config).
 
 init_per_testcase(Case, Config) when
-    Case =:= a_stream_does_not_outrun_its_receiver; Case =:= messages_that_wait_take_little_memory
+    Case =:= a_stream_does_not_outrun_its_receiver;
+    Case =:= small_messages_do_not_outrun_who_works_on_them;
+    Case =:= messages_that_wait_take_little_memory
 ->
     try erlang:memory(binary) of
         _ -> Config
@@ -146,6 +149,18 @@ sink() ->
         _ -> sink()
     end.
 
+worker() ->
+    worker(ets:new(?MODULE, []), 0).
+
+worker(Table, N) ->
+    receive
+        {stop, From} ->
+            From ! {self(), stopped};
+        {data, Data} ->
+            ets:insert(Table, {N rem ?KIB, Data}),
+            worker(Table, N + 1)
+    end.
+
 sink(Count) ->
     sink(Count, ?BULK).
 
@@ -191,6 +206,27 @@ a_stream_does_not_outrun_its_receiver(Config) ->
     ct:log("~b MiB of binaries at most", [Peak div ?MIB]),
     ?assert(Peak > 0),
     ?assert(Peak < ?UNRECEIVED).
+
+%% A receiver that is a little slower than the link.
+-define(SMALL_STREAM, 500 * ?KIB).
+-define(SMALL_UNRECEIVED, 64 * ?MIB).
+
+small_messages_do_not_outrun_who_works_on_them(Config) ->
+    [A, #{node := Node} = B] = two_directly(Config),
+    Meter = meshx_ct:call(B, fun() -> spawn(?MODULE, meter, [0]) end),
+    meshx_ct:call(A, fun() ->
+        Worker = spawn(Node, ?MODULE, worker, []),
+        Data = binary:copy(<<"work">>, ?KIB div 4),
+        [Worker ! {data, Data} || _ <- lists:seq(1, ?SMALL_STREAM)],
+        Worker ! {stop, self()},
+        receive
+            {Worker, stopped} -> ok
+        end
+    end),
+    Peak = meshx_ct:call(B, fun() -> reading(Meter) end),
+    ct:log("~b MiB of binaries at most", [Peak div ?MIB]),
+    ?assert(Peak > 0),
+    ?assert(Peak < ?SMALL_UNRECEIVED).
 
 messages_nobody_receives_stop_no_others(Config) ->
     [A, #{node := Node}] = two_directly(Config),
