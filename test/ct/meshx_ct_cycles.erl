@@ -100,13 +100,16 @@ connect_all_at_once(Others) ->
         meshx_ct:wait("one link to each", fun() -> meshx_ct:call(Node, meshx_ct_there, one_link_to_each, [Names]) end)
      || {Node, Names} <- Others
     ],
-    [
-        {Node, []} = {Node, [Down || {nodedown, _} = Down <- meshx_ct:call(Node, meshx_ct_there, seen, [])]}
-     || {Node, _} <- Others
-    ],
+    [{Node, []} = {Node, down(Node)} || {Node, _} <- Others],
     [[meshx_ct:call(Node, erlang, disconnect_node, [Name]) || Name <- Names] || {Node, Names} <- Others],
     unlinked([Node || {Node, _} <- Others]),
+    %% The emulator may say so later, which must not be taken for the next round's.
+    [meshx_ct:wait("nodedown of each", fun() -> Names -- down(Node) =:= [] end) || {Node, Names} <- Others],
     lists:sum(Refused).
+
+%% Of which nodes the watcher has seen that they are down.
+down(Node) ->
+    [Name || {nodedown, Name} <- meshx_ct:call(Node, meshx_ct_there, seen, [])].
 
 %% Count times a VM becomes a node, to which Peer connects, and no node again.
 -spec starts(config(), [meshx_ct:test_node()], pos_integer()) -> left().
