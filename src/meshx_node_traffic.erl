@@ -297,6 +297,8 @@ put_frames(Handle, Frames) ->
 %% are copied when they are received. Of small ones, which share a binary and are copied too, many
 %% more are: they are received in less time than a pause takes.
 -spec keep_pace([binary()], window()) -> window().
+keep_pace([Frame | Frames], {[], 0, Bytes}) when Bytes < 0 ->
+    keep_pace(Frames, {[], 0, Bytes + byte_size(Frame)});
 keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
     case fragment_number(Frame) of
         none ->
