@@ -268,7 +268,7 @@ input_loop(Handle, Link, Window) ->
             exit(end_reason(Reason))
     end.
 
-await_input(Link, {[], _, _} = Window) ->
+await_input(Link, {[], 0, 0} = Window) ->
     receive
         {select, Link, _, ready_input} -> Window
     end;
