@@ -34,7 +34,8 @@
 -define(REST_MIN, 64).
 -define(REST_MAX, 1000).
 %% What part of the bytes that the emulator queues (+zdbbl) a rest should bring, at least and at
-%% most. More is queued than has been sent: each message has some 100 bytes of its own there.
+%% most. More is queued than is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes
+%% more for each message.
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
 
@@ -49,15 +50,20 @@
 -define(LARGE, 4096).
 -define(SMALL_COST, 256).
 -define(SMALL_PART, 4).
-%% Bytes of the largest binary that is on its process's heap.
+%% How many of these are looked at, and bytes of the largest binary that is on its process's heap.
+-define(SMALL_MESSAGES, 64).
 -define(HEAP_BINARY, 64).
+%% Frames up to this size share a binary, as link_reader.c has it.
+-define(SHARED_FRAME, 2048).
 %% The first pause and the last, each of which is twice as long as the one before, microseconds;
 %% then input goes on though they haven't: they may never be.
 -define(PAUSE, 64).
 -define(PAUSE_MAX, 2048).
-%% The pause before which it is noted how many are left. If as many are after the last one, nobody
-%% waits for their receivers until so many more bytes have come.
+%% The pause before which it is noted how many are left. If as many are after the last one the look
+%% was in vain, and after so many of them nobody waits for these receivers until so many more bytes
+%% have come.
 -define(PAUSE_NOTED, 1024).
+-define(VAIN_LOOKS, 8).
 -define(KEPT_BYTES, 8388608).
 %% After so long without input, ms, it doesn't matter any more how far receivers were.
 -define(FORGET_TIME, 5).
@@ -84,9 +90,16 @@
     unjudged = 0 :: non_neg_integer()
 }).
 
-%% Messages given to the emulator since the last look: a frame of each that is looked at, and the
-%% bytes of all, weighed; negative: until they are looked at again.
--type window() :: {[binary()], Count :: non_neg_integer(), Bytes :: integer()}.
+%% Messages given to the emulator since the last look.
+-record(window, {
+    %% a frame of each that is looked at, newest first, and how many these are
+    messages = [] :: [binary()],
+    count = 0 :: non_neg_integer(),
+    %% of all, weighed; negative: as long as none is looked at
+    bytes = 0 :: integer(),
+    %% looks in vain, one after the other
+    vain = 0 :: non_neg_integer()
+}).
 
 %% The calling process, owner of the link, becomes its output process.
 -spec run(erlang:dist_handle(), meshx_node_nif:socket(), pid()) -> no_return().
@@ -119,7 +132,7 @@ written(_Link, {error, _} = Error) ->
 output(Handle, Link, Urgency) ->
     receive
         dist_data ->
-            try drain(Handle, Link, Urgency) of
+            try drain(Handle, Link, Urgency, #drain{}) of
                 NextUrgency -> output(Handle, Link, NextUrgency)
             catch
                 error:badarg -> death_row(connection_closed)
@@ -144,16 +157,21 @@ output(Handle, Link, Urgency) ->
 %% What many processes send is not written at once: the far side works on the first part while the
 %% next is made, and both have something to do. What goes on for longer is a stream, of which more
 %% and more goes into one write.
--spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency()) -> urgency().
-drain(Handle, Link, Urgency) ->
-    drain(Handle, Link, Urgency, #drain{}).
-
+-spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), #drain{}) -> urgency().
 drain(Handle, Link, Urgency, #drain{unjudged = Bytes} = Drain) when Bytes >= ?MUCH ->
     drain(Handle, Link, urgency(Bytes, Urgency), Drain#drain{unjudged = 0});
 drain(Handle, Link, Urgency, Drain) ->
     case gather(Handle, 0, most(Drain), []) of
         {[], _} ->
-            drained(Handle, Link, urgency(Drain#drain.unjudged, Urgency), rest(Drain));
+            Judged = urgency(Drain#drain.unjudged, Urgency),
+            case rest(Drain) of
+                0 ->
+                    erlang:dist_ctrl_get_data_notification(Handle),
+                    Judged;
+                Rest ->
+                    pause(Rest),
+                    drain(Handle, Link, Judged, #drain{rest = Rest})
+            end;
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
             drain(Handle, Link, Urgency, Drain#drain{
@@ -163,13 +181,6 @@ drain(Handle, Link, Urgency, Drain) ->
             })
     end.
 
-drained(Handle, _Link, Urgency, 0) ->
-    erlang:dist_ctrl_get_data_notification(Handle),
-    Urgency;
-drained(Handle, Link, Urgency, Rest) ->
-    pause(Rest),
-    drain(Handle, Link, Urgency, #drain{rest = Rest}).
-
 most(#drain{rest = 0, frames = Written}) ->
     min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART));
 most(_) ->
@@ -178,7 +189,7 @@ most(_) ->
 %% A stream of small messages is mostly work for its sender, and for us; beside each other the two
 %% have much more of it than one after the other, for the locks and memory of the queue between
 %% them, and where processors are few a thread of the far side waits for ours. So we rest until a good
-%% part of the queue is full, but not until all is: a full one suspends the sender.
+%% part of the queue is full; once it is, the sender is suspended, and nobody works.
 -spec rest(#drain{}) -> non_neg_integer().
 rest(#drain{rest = 0, frames = Frames, bytes = Bytes}) when
     Frames >= ?MANY, Bytes < Frames * ?SMALL_MEAN
@@ -250,10 +261,10 @@ input(Handle, Link, Supervisor) ->
     link(Supervisor),
     %% Nothing may be put before we are registered as the input process.
     receive
-        {_Controller, start} -> input_loop(Handle, Link, {[], 0, 0})
+        {_Controller, start} -> input_loop(Handle, Link, #window{})
     end.
 
--spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), window()) -> no_return().
+-spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), #window{}) -> no_return().
 input_loop(Handle, Link, Window) ->
     case meshx_node_nif:read(Link) of
         {more, Frames} ->
@@ -268,7 +279,7 @@ input_loop(Handle, Link, Window) ->
             exit(end_reason(Reason))
     end.
 
-await_input(Link, {[], 0, 0} = Window) ->
+await_input(Link, #window{count = 0, bytes = 0} = Window) ->
     receive
         {select, Link, _, ready_input} -> Window
     end;
@@ -277,7 +288,7 @@ await_input(Link, Window) ->
         {select, Link, _, ready_input} -> Window
     after ?FORGET_TIME ->
         erlang:garbage_collect(),
-        await_input(Link, {[], 0, 0})
+        await_input(Link, #window{})
     end.
 
 put_frames(Handle, Frames) ->
@@ -296,47 +307,53 @@ put_frames(Handle, Frames) ->
 %% binary. So of such messages more is let through before the look than of those in fragments, which
 %% are copied when they are received. Of small ones, which share a binary and are copied too, many
 %% more are: they are received in less time than a pause takes.
--spec keep_pace([binary()], window()) -> window().
-keep_pace([Frame | Frames], {[], 0, Bytes}) when Bytes < 0 ->
-    keep_pace(Frames, {[], 0, Bytes + byte_size(Frame)});
-keep_pace([Frame | Frames], {Messages, Count, Bytes}) when byte_size(Frame) >= ?LARGE ->
+-spec keep_pace([binary()], #window{}) -> #window{}.
+keep_pace([Frame | Frames], #window{bytes = Bytes} = W) when Bytes < 0 ->
+    keep_pace(Frames, W#window{bytes = min(0, Bytes + byte_size(Frame))});
+keep_pace([Frame | Frames], #window{bytes = Bytes} = W) when byte_size(Frame) >= ?LARGE ->
     case fragment_number(Frame) of
         none ->
-            keep_pace(Frames, {[Frame | Messages], Count + 1, Bytes + byte_size(Frame)});
+            keep_pace(Frames, look_at(Frame, W#window{bytes = Bytes + byte_size(Frame)}));
         %% Held by the emulator until the message is whole. The last one may be too small to be
         %% looked at: the last but one stands for the message.
         2 ->
             Weighed = Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame),
-            keep_pace(Frames, {[Frame | Messages], Count + 1, Weighed});
+            keep_pace(Frames, look_at(Frame, W#window{bytes = Weighed}));
         _ ->
-            keep_pace(Frames, {Messages, Count, Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame)})
+            keep_pace(Frames, W#window{bytes = Bytes + ?FRAGMENTS_WEIGHT * byte_size(Frame)})
     end;
-keep_pace([Small | Frames], {Messages, Count, Bytes}) ->
-    Weighed = Bytes + (byte_size(Small) + ?SMALL_COST) div ?SMALL_PART,
-    case Frames =:= [] andalso can_be_looked_at(Small) of
-        true -> keep_pace([], {[Small | Messages], Count + 1, Weighed});
-        false -> keep_pace(Frames, {Messages, Count, Weighed})
+keep_pace([Small | Frames], #window{count = Count, bytes = Bytes} = W) ->
+    Weighed = W#window{bytes = Bytes + (byte_size(Small) + ?SMALL_COST) div ?SMALL_PART},
+    case Frames =:= [] andalso Count < ?SMALL_MESSAGES andalso can_be_looked_at(Small) of
+        true -> keep_pace([], look_at(Small, Weighed));
+        false -> keep_pace(Frames, Weighed)
     end;
-keep_pace([], {Messages, Count, Bytes}) when Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES ->
+keep_pace([], #window{messages = Messages, count = Count, bytes = Bytes, vain = Vain}) when
+    Bytes >= ?WINDOW_BYTES, Count >= ?WINDOW_MESSAGES
+->
     case await_receivers(Messages, Count, ?PAUSE, Count) of
-        ok -> {[], 0, 0};
-        kept -> {[], 0, -?KEPT_BYTES}
+        ok -> #window{};
+        vain when Vain < ?VAIN_LOOKS -> #window{vain = Vain + 1};
+        vain -> #window{vain = Vain, bytes = -?KEPT_BYTES}
     end;
-keep_pace([], Window) ->
-    Window.
+keep_pace([], W) ->
+    W.
+
+look_at(Frame, #window{messages = Messages, count = Count} = W) ->
+    W#window{messages = [Frame | Messages], count = Count + 1}.
 
 %% Before a wait for more: there may be one after each read of small messages. It is different with
 %% large ones, of which the next takes a while to come, and with one alone.
-keep_pace_waiting([Large | _], {_, _, Bytes}) when byte_size(Large) >= ?LARGE ->
-    {[], 0, min(0, Bytes)};
-keep_pace_waiting([_], {[], _, _} = Window) ->
-    Window;
-keep_pace_waiting(Frames, Window) ->
-    keep_pace(Frames, Window).
+keep_pace_waiting([Large | _], #window{bytes = Bytes, vain = Vain}) when byte_size(Large) >= ?LARGE ->
+    #window{bytes = min(0, Bytes), vain = Vain};
+keep_pace_waiting([_], #window{count = 0} = W) ->
+    W;
+keep_pace_waiting(Frames, W) ->
+    keep_pace(Frames, W).
 
 %% No binary on our heap: nobody else can refer to it; no last fragment: see above.
 can_be_looked_at(Small) ->
-    binary:referenced_byte_size(Small) > ?HEAP_BINARY andalso fragment_number(Small) =:= none.
+    byte_size(Small) > ?HEAP_BINARY andalso fragment_number(Small) =:= none.
 
 %% The number of a message's fragment: the first has the greatest, the last 1.
 fragment_number(<<?VERSION, Type, _Sequence:64, Number:64, _/binary>>) when
@@ -346,16 +363,16 @@ fragment_number(<<?VERSION, Type, _Sequence:64, Number:64, _/binary>>) when
 fragment_number(_) ->
     none.
 
-%% Waits until half of Messages have been received, or in vain; kept: none was for long, so their
-%% receivers seem to have kept them.
-await_receivers([Last | _] = Messages, Count, Pause, Noted) ->
+%% Waits until half of Messages have been received, or in vain: none was for long, and all may be
+%% kept by those who received them. What is copied then can only be waiting.
+await_receivers(Messages, Count, Pause, Noted) ->
     case held(Messages) of
         Held when 2 * Held =< Count ->
             ok;
         Held when Pause > ?PAUSE_MAX ->
-            case Held =:= Noted andalso not is_copied(Last) of
-                true -> kept;
-                false -> ok
+            case Held < Noted orelse lists:any(fun is_copied/1, Messages) of
+                true -> ok;
+                false -> vain
             end;
         Held ->
             pause(Pause),
@@ -365,9 +382,9 @@ await_receivers([Last | _] = Messages, Count, Pause, Noted) ->
             end
     end.
 
-%% Whether no message that has been received can refer to Frame.
+%% Whether no message that has been received refers to Frame any more.
 is_copied(Frame) ->
-    byte_size(Frame) < ?LARGE orelse fragment_number(Frame) =/= none.
+    byte_size(Frame) =< ?SHARED_FRAME orelse fragment_number(Frame) =/= none.
 
 %% A millisecond, the least that `after' can do, is what MiBs take: nobody would have work meanwhile.
 pause(Microseconds) ->

@@ -157,7 +157,7 @@ worker(Table, N) ->
         {stop, From} ->
             From ! {self(), stopped};
         {data, Data} ->
-            ets:insert(Table, {N rem ?KIB, Data}),
+            ets:insert(Table, {N, byte_size(Data)}),
             worker(Table, N + 1)
     end.
 
