@@ -45,7 +45,7 @@ set label 2 '{/:Bold One way, MB/s}, by message size' at graph 0,1.07 font ',13'
 set logscale xy
 set xrange [40:6.7e6]
 set xtics ('64 B' 64, '1 KiB' 1024, '16 KiB' 16384, '64 KiB' 65536, '256 KiB' 262144, '4 MiB' 4194304)
-set yrange [*:*] noextend
+set yrange [1:*] noextend # room for the key below the slowest
 set ytics (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 set grid ytics ls 100
 set key bottom right spacing 1.2 samplen 3 textcolor rgb '#222222'
