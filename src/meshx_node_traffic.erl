@@ -279,7 +279,7 @@ input_loop(Handle, Link, Window) ->
             exit(end_reason(Reason))
     end.
 
-await_input(Link, #window{count = 0, bytes = 0} = Window) ->
+await_input(Link, #window{count = 0, bytes = 0, vain = 0} = Window) ->
     receive
         {select, Link, _, ready_input} -> Window
     end;
@@ -333,7 +333,7 @@ keep_pace([], #window{messages = Messages, count = Count, bytes = Bytes, vain = 
 ->
     case await_receivers(Messages, Count, ?PAUSE, Count) of
         ok -> #window{};
-        vain when Vain < ?VAIN_LOOKS -> #window{vain = Vain + 1};
+        vain when Vain + 1 < ?VAIN_LOOKS -> #window{vain = Vain + 1};
         vain -> #window{vain = Vain, bytes = -?KEPT_BYTES}
     end;
 keep_pace([], W) ->
@@ -364,7 +364,7 @@ fragment_number(_) ->
     none.
 
 %% Waits until half of Messages have been received, or in vain: none was for long, and all may be
-%% kept by those who received them. What is copied then can only be waiting.
+%% kept by those who received them. If one of them is copied, that one may be waiting.
 await_receivers(Messages, Count, Pause, Noted) ->
     case held(Messages) of
         Held when 2 * Held =< Count ->

@@ -34,7 +34,8 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
  * smallest one's size, or of so many bytes. That saves allocations, which cost more than
  * the copy since another scheduler frees them. Not more share one, since a message keeps
  * it as long as it waits in a mailbox; once it is decoded, the emulator keeps no more
- * than four times a binary's size (BINARY_EXT in erts/emulator/beam/external.c). */
+ * than four times a binary's size (BINARY_EXT in erts/emulator/beam/external.c).
+ * meshx_node_traffic.erl relies on the first of these. */
 #define SHARED_FRAME ((size_t)2 * 1024)
 #define SHARED_BYTES ((size_t)1024)
 /* What a frame costs beside its bytes, in bytes. */
