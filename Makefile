@@ -115,7 +115,7 @@ fuzz-%: $(BUILD)/fuzz/fuzz/%_fuzz ## one fuzz target for SECONDS (5); all of its
 	@.ci/fuzz $< $(or $(SECONDS),5)
 fuzz: deps ## all fuzz targets in turn, SECONDS each (30), to the first that fails
 	@for target in $(FUZZ); do $(MAKE) fuzz-$$target SECONDS=$(or $(SECONDS),30) || exit 1; done
-ct: all ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl, "name name" for some
+ct: all consul ## the Common Test suites; SUITE=name for one of test/ct/<name>_SUITE.erl, "name name" for some
 	@MESHX_CONSUL=$$(.ci/consul --path) MIX_REBAR3=$$(command -v $(REBAR3)) \
 		$(REBAR) ct $(if $(SUITE),--suite $$(printf 'test/ct/%s_SUITE\n' $(SUITE) | paste -sd,))
 test-otp: deps consul ## build and ct in another release of Debian, SUITE=trixie or sid, and nodes of both; CT=name for one suite, "name name" for some
@@ -123,7 +123,7 @@ test-otp: deps consul ## build and ct in another release of Debian, SUITE=trixie
 test-otp-sid: deps consul ## what make test does of it
 	@.ci/test-otp sid meshx_node_cluster meshx_node_link meshx_node_framing meshx_node_start_stop
 # Not with SUITE's default of all: a sanitizer has nothing to say of most of them.
-ct-asan: all $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one
+ct-asan: all consul $(BUILD)/asan/meshx_node.so $(BUILD)/asan/meshx_guard ## the suites of the data path in VMs with the NIF under ASan+UBSan; SUITE=name for one
 	@MESHX_CONSUL=$$(.ci/consul --path) .ci/ct-asan $(BUILD)/asan \
 		$(or $(SUITE),meshx_node_socket meshx_node_framing meshx_node_stress meshx_node_link meshx_node_load)
 
