@@ -86,6 +86,7 @@ static void send_check(struct mesh_check *check) {
     check->in_flight = true;
     check->again = false;
     check->sent = check->wanted;
+    check->sent_at = loop_now();
     check->registration = check->mesh->registration.applied;
     if (consul_check(check->mesh->consul, check->id, check->wanted, check->note,
                      on_checked, check) != MESHX_OK) {
@@ -118,6 +119,7 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
     } else {
         if (failure == NULL) {
             mesh->away_time = 0; /* the agent still knows us: it has lost nothing */
+            mesh->heard_at = check->sent_at;
         }
         mesh_agent_result(mesh, check->talk, failure);
     }

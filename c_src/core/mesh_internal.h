@@ -137,6 +137,7 @@ struct mesh_check {
     enum consul_check wanted;
     enum consul_check sent;
     uint64_t registration; /* the one applied when it was sent */
+    uint64_t sent_at;
     char note[256];
     bool in_flight;
     bool again;   /* |wanted| has changed while a request is under way */
@@ -200,11 +201,12 @@ struct mesh_query {
     struct loop_timer *timer; /* until it is sent again */
     uint64_t index;
     uint64_t asked_at;
-    unsigned failures; /* in a row */
-    bool active;       /* under way, or the timer is set */
-    bool asked;        /* under way */
-    bool waiting;      /* under way, and told when there is news */
-    bool reported;     /* a person was told that it fails */
+    unsigned failures;      /* in a row */
+    uint64_t failing_since; /* the first of them */
+    bool active;            /* under way, or the timer is set */
+    bool asked;             /* under way */
+    bool waiting;           /* under way, and told when there is news */
+    bool reported;          /* a person was told that it fails */
 };
 
 /*
@@ -299,6 +301,7 @@ struct mesh {
     struct loop_timer *recheck;      /* when links are judged anew, queries or not */
     bool rechecking;                 /* |recheck| is set */
     uint64_t away_since;             /* the agent can't be reached; 0: it can */
+    uint64_t heard_at;               /* when the last check that was taken was sent */
     uint64_t away_time;              /* how long that was the last time */
     bool sidecar_outdated; /* it has not noticed that the agent lost its state */
     struct mesh_link *links;

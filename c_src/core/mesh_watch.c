@@ -99,6 +99,9 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
     struct mesh *mesh = query->mesh;
     query->index = 0;
     query->failures++;
+    if (query->failures == 1) {
+        query->failing_since = loop_now();
+    }
     if (query->kind == MESH_QUERY_INTENTIONS) {
         mesh->intentions.known = false;
     }
@@ -109,8 +112,10 @@ static void failed(struct mesh_query *query, const struct meshx_failure *failure
     if (query->failures == 1) {
         mesh_retry_later(mesh); /* see at once how we stand with the agent */
     }
-    /* That the agent itself has gone, the heartbeats tell. */
-    bool alone = query->failures > FAILURES_MAX && mesh->troubles_logged == 0;
+    /* That the agent has gone, heartbeats tell. A control node has none. */
+    bool alone =
+        query->failures > FAILURES_MAX && mesh->troubles_logged == 0 &&
+        (mesh->heard_at > query->failing_since || mesh->config.values.control_node);
     if ((alone || failure->code == MESHX_EAGENT_ACL) && !query->reported) {
         report(query, failure);
     }
