@@ -5,13 +5,18 @@
 
 -export_type([info/0]).
 
-%% Keys: state (starting | ready | stopping | stopped), service_id, service_name, agent,
-%% listen_port, sidecar_port, sidecar_pid, sidecar_accepts, registered, sidecar_starts,
-%% registrations, repairs, requests, request_failures (counts since the start),
-%% upstreams ([#{node, service_name, port, applied}]), static_upstreams (#{Node => {Ip, Port}}, the
-%% key `upstreams' as it was read), last_failure (undefined | {Code, Text}),
-%% links ([#{node, trouble, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]; trouble:
-%% what makes the linked node critical in Consul, or undefined).
+%% state: starting | ready | stopping | stopped.
+%% service_id, service_name, agent, listen_port.
+%% sidecar_port, sidecar_pid, sidecar_accepts, sidecar_starts (a count).
+%% registered; registrations: how many the agent has taken; repairs: of these, because it had
+%% lost the one before.
+%% requests, request_failures: of the agent, since the start.
+%% upstreams: [#{node, service_name, port, applied}]; applied: the agent has it.
+%% static_upstreams: #{Node => {Ip, Port}}, the key `upstreams' as it was read.
+%% last_failure: undefined | {Code, Text}.
+%% links: [#{node, trouble, frames_in, frames_out, bytes_in, bytes_out, bytes_pending}]; trouble:
+%% what makes the linked node critical in Consul, or undefined; bytes_pending: taken from the
+%% emulator, not yet by the socket.
 -type info() :: map().
 
 %% The node service and its links.
