@@ -25,19 +25,22 @@
 -define(URGENT, 64).
 %% Judgements at high priority until others have a turn.
 -define(PER_TURN, 8).
-%% Frames written with nothing left in between that tell of a stream of small messages, if they have
-%% fewer bytes on average than this; and frames after a rest that tell that it goes on.
--define(MANY, 512).
--define(SMALL_MEAN, 4096).
--define(STILL_MANY, 64).
-%% The shortest rest and the longest, microseconds.
+%% The shortest rest and the longest, microseconds. Whether there is a stream is judged over the time
+%% of the longest, and again when it has had rests for so long.
 -define(REST_MIN, 64).
 -define(REST_MAX, 1000).
-%% What part of the bytes that the emulator queues (+zdbbl) a rest should bring, at least and at
-%% most. More is queued than is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes
-%% more for each message.
+-define(RESTS_TIME, 100000).
+%% What part of the bytes that the emulator queues before it suspends senders (+zdbbl), or would if it
+%% were no more than two gathers, a rest should bring, at least and at most.
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
+%% Frames that tell of a stream if so many, or bytes as above, are written in the time of the longest
+%% rest, and more for each frame that comes in, which may be an answer that a sender waits for.
+-define(MANY, 256).
+-define(PER_ANSWER, 1024).
+%% After a rest that brings fewer frames and bytes than this the stream has ended.
+-define(STILL_MANY, 64).
+-define(STILL_MUCH, 65536).
 
 %% Input: bytes of messages, weighed, and how many of these, after which it is looked whether they
 %% have been received.
@@ -86,8 +89,18 @@
     rest = 0 :: non_neg_integer(),
     frames = 0 :: non_neg_integer(),
     bytes = 0 :: non_neg_integer(),
+    %% of them, in the first write
+    first = 0 :: non_neg_integer(),
     %% of them, since the urgency was last judged
     unjudged = 0 :: non_neg_integer()
+}).
+
+%% A link's counts at a time, microseconds.
+-record(sample, {
+    time :: integer(),
+    frames_in :: non_neg_integer(),
+    frames_out :: non_neg_integer(),
+    bytes_out :: non_neg_integer()
 }).
 
 %% Messages given to the emulator since the last look.
@@ -110,7 +123,7 @@ run(Handle, Link, Supervisor) ->
     Input ! {self(), start},
     process_flag(priority, normal),
     erlang:dist_ctrl_get_data_notification(Handle),
-    output(Handle, Link, normal).
+    output(Handle, Link, normal, sample(Link)).
 
 %% Follows a write to its end.
 -spec written(meshx_node_nif:socket(), meshx_node_nif:write_result()) -> ok | {error, term()}.
@@ -128,27 +141,27 @@ written(_Link, {error, _} = Error) ->
 
 %% ---- output ----
 
--spec output(erlang:dist_handle(), meshx_node_nif:socket(), urgency()) -> no_return().
-output(Handle, Link, Urgency) ->
+-spec output(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), #sample{}) -> no_return().
+output(Handle, Link, Urgency, Sample) ->
     receive
         dist_data ->
-            try drain(Handle, Link, Urgency, #drain{}) of
-                NextUrgency -> output(Handle, Link, NextUrgency)
+            try drain(Handle, Link, Urgency, Sample, #drain{}) of
+                {NextUrgency, NextSample} -> output(Handle, Link, NextUrgency, NextSample)
             catch
                 error:badarg -> death_row(connection_closed)
             end;
         {select, Link, _, ready_output} ->
             %% The rest of a tick.
             write(Link, meshx_node_nif:flush(Link)),
-            output(Handle, Link, Urgency);
+            output(Handle, Link, Urgency, Sample);
         {send, From, Ref, Data} ->
             %% A back door that OTP's distribution test suites use on carriers like this one.
             Binary = iolist_to_binary(Data),
             write(Link, meshx_node_nif:write(Link, [{byte_size(Binary), [Binary]}])),
             From ! {Ref, ok},
-            output(Handle, Link, Urgency);
+            output(Handle, Link, Urgency, Sample);
         _ ->
-            output(Handle, Link, Urgency)
+            output(Handle, Link, Urgency, Sample)
     end.
 
 %% Writes all that the emulator has for this link, then asks to be told of more. While the
@@ -157,56 +170,104 @@ output(Handle, Link, Urgency) ->
 %% What many processes send is not written at once: the far side works on the first part while the
 %% next is made, and both have something to do. What goes on for longer is a stream, of which more
 %% and more goes into one write.
--spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), #drain{}) -> urgency().
-drain(Handle, Link, Urgency, #drain{unjudged = Bytes} = Drain) when Bytes >= ?MUCH ->
-    drain(Handle, Link, urgency(Bytes, Urgency), Drain#drain{unjudged = 0});
-drain(Handle, Link, Urgency, Drain) ->
+-spec drain(erlang:dist_handle(), meshx_node_nif:socket(), urgency(), #sample{}, #drain{}) ->
+    {urgency(), #sample{}}.
+drain(Handle, Link, Urgency, Sample, #drain{unjudged = Bytes} = Drain) when Bytes >= ?MUCH ->
+    drain(Handle, Link, urgency(Bytes, Urgency), Sample, Drain#drain{unjudged = 0});
+drain(Handle, Link, Urgency, Sample, Drain) ->
     case gather(Handle, 0, most(Drain), []) of
         {[], _} ->
             Judged = urgency(Drain#drain.unjudged, Urgency),
-            case rest(Drain) of
-                0 ->
+            case rest(Link, Sample, Drain) of
+                {0, NextSample} ->
                     erlang:dist_ctrl_get_data_notification(Handle),
-                    Judged;
-                Rest ->
+                    {Judged, NextSample};
+                {Rest, NextSample} ->
                     pause(Rest),
-                    drain(Handle, Link, Judged, #drain{rest = Rest})
+                    drain(Handle, Link, Judged, NextSample, #drain{rest = Rest})
             end;
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
-            drain(Handle, Link, Urgency, Drain#drain{
-                frames = Drain#drain.frames + length(Frames),
-                bytes = Drain#drain.bytes + Bytes,
-                unjudged = Drain#drain.unjudged + Bytes
-            })
+            drain(Handle, Link, Urgency, Sample, add(length(Frames), Bytes, Drain))
     end.
+
+add(Frames, Bytes, #drain{frames = 0} = Drain) ->
+    Drain#drain{frames = Frames, bytes = Bytes, first = Bytes, unjudged = Bytes};
+add(Frames, Bytes, #drain{frames = OldFrames, bytes = OldBytes, unjudged = Unjudged} = Drain) ->
+    Drain#drain{frames = OldFrames + Frames, bytes = OldBytes + Bytes, unjudged = Unjudged + Bytes}.
 
 most(#drain{rest = 0, frames = Written}) ->
     min(?GATHER_FRAMES, max(?FEW_FRAMES, Written div ?WRITTEN_PART));
 most(_) ->
     ?GATHER_FRAMES.
 
-%% A stream of small messages is mostly work for its sender, and for us; beside each other the two
-%% have much more of it than one after the other, for the locks and memory of the queue between
-%% them, and where processors are few a thread of the far side waits for ours. So we rest until a good
-%% part of the queue is full; once it is, the sender is suspended, and nobody works.
--spec rest(#drain{}) -> non_neg_integer().
-rest(#drain{rest = 0, frames = Frames, bytes = Bytes}) when
-    Frames >= ?MANY, Bytes < Frames * ?SMALL_MEAN
-->
-    ?REST_MIN;
-rest(#drain{rest = 0}) ->
-    0;
-rest(#drain{frames = Frames}) when Frames < ?STILL_MANY ->
-    0;
-rest(#drain{rest = Rest, bytes = Bytes}) ->
-    Queue = erlang:system_info(dist_buf_busy_limit),
-    if
-        Bytes > Queue div ?RESTED_MOST_PART, Rest < 2 * ?REST_MIN -> 0;
-        Bytes > Queue div ?RESTED_MOST_PART -> Rest div 2;
-        Bytes < Queue div ?RESTED_LEAST_PART -> min(?REST_MAX, 2 * Rest);
-        true -> Rest
+%% Who sends a stream and we, beside each other on two schedulers, have much more work with it than
+%% one after the other: we would wait and be woken for every few messages, the locks and memory of the
+%% queue between us go to and fro, and where processors are few a thread of the far side waits for
+%% ours. So in a stream we rest until a good part of the queue is full; not if the sender may be waiting
+%% for answers, for which ours would make it wait longer.
+-spec rest(meshx_node_nif:socket(), #sample{}, #drain{}) -> {non_neg_integer(), #sample{}}.
+rest(Link, #sample{time = Time} = Sample, #drain{rest = 0}) ->
+    case erlang:monotonic_time(microsecond) - Time < ?REST_MAX of
+        true ->
+            {0, Sample};
+        false ->
+            Now = sample(Link),
+            case is_stream(Sample, Now) of
+                true -> {?REST_MIN, Now};
+                false -> {0, Now}
+            end
+    end;
+rest(Link, #sample{time = Time} = Sample, Drain) ->
+    Now = sample(Link),
+    case next_rest(Drain, queue_size()) of
+        Rest when Rest > 0, Now#sample.time - Time < ?RESTS_TIME ->
+            case is_one_way(Sample, Now) of
+                true -> {Rest, Sample};
+                false -> {0, Now}
+            end;
+        _ ->
+            {0, Now}
     end.
+
+sample(Link) ->
+    {FramesIn, FramesOut, _BytesIn, BytesOut, _Pending} = meshx_node_nif:statistics(Link),
+    #sample{
+        time = erlang:monotonic_time(microsecond),
+        frames_in = FramesIn,
+        frames_out = FramesOut,
+        bytes_out = BytesOut
+    }.
+
+is_stream(Before, Now) ->
+    is_much(Before, Now, (Now#sample.time - Before#sample.time) / ?REST_MAX, ?MANY) andalso
+        is_one_way(Before, Now).
+
+is_one_way(Before, Now) ->
+    is_much(Before, Now, Now#sample.frames_in - Before#sample.frames_in, ?PER_ANSWER).
+
+is_much(Before, Now, Times, Many) ->
+    Frames = Now#sample.frames_out - Before#sample.frames_out,
+    Bytes = Now#sample.bytes_out - Before#sample.bytes_out,
+    Frames >= Times * Many orelse Bytes >= Times * (queue_size() div ?RESTED_LEAST_PART).
+
+%% A rest that fills the queue suspends senders, and those who then send little are suspended again and
+%% again by those who send much, until we rest no more.
+next_rest(#drain{frames = Frames, bytes = Bytes}, _) when Frames < ?STILL_MANY, Bytes < ?STILL_MUCH ->
+    0;
+next_rest(#drain{rest = ?REST_MIN, first = First}, Queue) when First >= Queue div ?RESTED_MOST_PART ->
+    0;
+next_rest(#drain{rest = Rest, bytes = Bytes}, Queue) when Bytes > Queue div ?RESTED_MOST_PART ->
+    max(?REST_MIN, Rest div 2);
+next_rest(#drain{rest = Rest, bytes = Bytes}, Queue) when Bytes < Queue div ?RESTED_LEAST_PART ->
+    min(?REST_MAX, 2 * Rest);
+next_rest(#drain{rest = Rest}, _) ->
+    Rest.
+
+%% More is queued than is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes more
+%% for each message.
+queue_size() ->
+    min(2 * ?GATHER_BYTES, erlang:system_info(dist_buf_busy_limit)).
 
 %% At most Most frames.
 gather(_Handle, Bytes, Most, Frames) when Bytes >= ?GATHER_BYTES; Most =:= 0 ->

@@ -21,7 +21,7 @@
 /* Bytes, of which the kernel makes twice as many; see options_for(). */
 #define LOOPBACK_BUFFER (1024 * 1024)
 /* Bytes; see bound_unsent(). */
-#define UNSENT_MAX (512 * 1024)
+#define UNSENT_MAX (3 * 512 * 1024)
 
 static int last_error(void) {
     return -errno;
