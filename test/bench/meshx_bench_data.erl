@@ -14,6 +14,8 @@
 -define(CPU_SUM_SIZES, [65536, 262144, 4194304]).
 %% Of messages that are all kept, in a table.
 -define(STORED_SIZES, [1024, 16384]).
+%% Of messages that are sent when the other end asks for them.
+-define(DEMANDED_SIZES, [64, 1024]).
 %% Messages of which one of 100 isn't looked at: {Size, Count}.
 -define(KEPT, [{4096, 50000}, {16384, 10000}]).
 -define(KEEP_ONE_OF, 100).
@@ -59,6 +61,7 @@ figures() ->
         [{stream(Size), "MB/s", ["one way, ", size_text(Size)]} || Size <- ?SIZES] ++
         [{stream_terms, "MB/s", "one way, 1000 tuples"}] ++
         [{store(Size), "MB/s", ["into a table, ", size_text(Size)]} || Size <- ?STORED_SIZES] ++
+        [{demand(Size), "MB/s", ["on demand, ", size_text(Size)]} || Size <- ?DEMANDED_SIZES] ++
         [
             {cpu(Who, Size), "s/GB", ["CPU, ", Text, ", ", size_text(Size)]}
          || Size <- ?CPU_SIZES, {Who, Text} <- [{vms, "VMs"}, {sidecars, "sidecars"}]
@@ -86,11 +89,13 @@ figures() ->
 -spec steps() -> [atom()].
 steps() ->
     [roundtrip, clients] ++ [stream(Size) || Size <- ?SIZES] ++ [stream_terms] ++
-        [store(Size) || Size <- ?STORED_SIZES] ++ [connect, beside, slow] ++
+        [store(Size) || Size <- ?STORED_SIZES] ++
+        [demand(Size) || Size <- ?DEMANDED_SIZES] ++ [connect, beside, slow] ++
         [keep(Size) || {Size, _} <- ?KEPT].
 
 stream(Size) -> key([stream, Size]).
 store(Size) -> key([store, Size]).
+demand(Size) -> key([demand, Size]).
 keep(Size) -> key([keep, Size]).
 keep(What, Size) -> key([keep, What, Size]).
 cpu(Who, Size) -> key([cpu, Who, Size]).
@@ -151,6 +156,7 @@ measure_nodes(Step, Pair) ->
     Kinds = [
         {fun streamed/2, ?SIZES, fun stream/1},
         {fun stored/2, ?STORED_SIZES, fun store/1},
+        {fun demanded/2, ?DEMANDED_SIZES, fun demand/1},
         {fun kept/2, [Size || {Size, _} <- ?KEPT], fun keep/1}
     ],
     [{Measure, Size}] = [
@@ -166,6 +172,9 @@ streamed(Size, Pair) ->
 
 stored(Size, Pair) ->
     #{store(Size) => [work(Pair, store, [Size, ?STREAM_TIME])]}.
+
+demanded(Size, Pair) ->
+    #{demand(Size) => [work(Pair, demand, [Size, ?STREAM_TIME])]}.
 
 kept(Size, Pair) ->
     {Size, Count} = lists:keyfind(Size, 1, ?KEPT),

@@ -5,15 +5,17 @@
 %% often; when it ends it takes its linked ends in the other node with it.
 -module(meshx_bench_work).
 
--export([roundtrip/2, clients/3, stream/4, store/3, beside/3, slow/3, keep/4, collect_garbage/0]).
+-export([roundtrip/2, clients/3, stream/4, store/3, demand/3, beside/3, slow/3, keep/4, collect_garbage/0]).
 %% Ends, spawned in the other node.
--export([echo/0, sink/0, table/0, slow_sink/0, shelf/0]).
+-export([echo/0, sink/0, table/0, consumer/2, slow_sink/0, shelf/0]).
 
 %% In words.
 -define(HEAP, 1000000).
 %% Milliseconds.
 -define(WARM_UP, 150).
 -define(SLOW_WORK, 2).
+%% Messages.
+-define(DEMAND, 1000).
 %% Bytes between two looks at the clock.
 -define(BATCH, 65536).
 
@@ -99,6 +101,30 @@ store(Node, Size, Milliseconds) ->
         Bytes = pour(Table, Message, Size, Milliseconds),
         Bytes * 1.0e3 / (now_ns() - Start)
     end).
+
+%% One way, as many messages as the other end has asked for, which it does as GenStage's consumers do
+%% by default: for 1000, and for 500 more whenever it has received 500. MB/s of payload.
+-spec demand(node(), Size :: pos_integer(), Milliseconds :: pos_integer()) -> MBs :: float().
+demand(Node, Size, Milliseconds) ->
+    measure(fun() ->
+        {Message, Size} = message(Size),
+        Consumer = spawn_link(Node, ?MODULE, consumer, [self(), ?DEMAND]),
+        Start = now_ns(),
+        Count = supply(Consumer, Message, ?DEMAND, Start + Milliseconds * 1000000, 0),
+        Count * Size * 1.0e3 / (now_ns() - Start)
+    end).
+
+supply(Consumer, Message, 0, Deadline, Count) ->
+    receive
+        {Consumer, ask, More} ->
+            case now_ns() < Deadline of
+                true -> supply(Consumer, Message, More, Deadline, Count);
+                false -> Count
+            end
+    end;
+supply(Consumer, Message, Asked, Deadline, Count) ->
+    Consumer ! Message,
+    supply(Consumer, Message, Asked - 1, Deadline, Count + 1).
 
 %% How long small messages take while 1 MiB messages go the same way.
 -spec beside(node(), Size :: pos_integer(), Milliseconds :: pos_integer()) -> latency().
@@ -275,6 +301,18 @@ table(Table, Count) ->
         Message ->
             ets:insert(Table, {Count, Message}),
             table(Table, Count + 1)
+    end.
+
+-spec consumer(Producer :: pid(), Demand :: pos_integer()) -> no_return().
+consumer(Producer, Demand) ->
+    consumer(Producer, Demand div 2, 0).
+
+consumer(Producer, Ask, Ask) ->
+    Producer ! {self(), ask, Ask},
+    consumer(Producer, Ask, 0);
+consumer(Producer, Ask, Count) ->
+    receive
+        _ -> consumer(Producer, Ask, Count + 1)
     end.
 
 -spec slow_sink() -> no_return().
