@@ -26,21 +26,25 @@
 %% Judgements at high priority until others have a turn.
 -define(PER_TURN, 8).
 %% The shortest rest and the longest, microseconds. Whether there is a stream is judged over the time
-%% of the longest, and again when it has had rests for so long.
+%% of the longest, and whether it goes on over a longer one.
 -define(REST_MIN, 64).
--define(REST_MAX, 1000).
--define(RESTS_TIME, 100000).
-%% What part of the bytes that the emulator queues before it suspends senders (+zdbbl), or would if it
-%% were no more than two gathers, a rest should bring, at least and at most.
--define(RESTED_LEAST_PART, 4).
--define(RESTED_MOST_PART, 2).
-%% Frames that tell of a stream if so many, or bytes as above, are written in the time of the longest
-%% rest, and more for each frame that comes in, which may be an answer that a sender waits for.
--define(MANY, 256).
--define(PER_ANSWER, 1024).
+-define(REST_MAX, 1024).
+-define(JUDGED_TIME, 10000).
+%% It is a stream if so many frames, or so many bytes, are written in the time of the longest rest.
+-define(STREAM_FRAMES, 256).
+-define(STREAM_BYTES, 262144).
+%% Each frame that comes in may be an answer that a sender waits for, unless so many frames, or bytes
+%% as above, are written for each.
+-define(FRAMES_PER_ANSWER, 1024).
 %% After a rest that brings fewer frames and bytes than this the stream has ended.
 -define(STILL_MANY, 64).
 -define(STILL_MUCH, 65536).
+%% What part of the bytes that the emulator queues before it suspends senders (+zdbbl) a rest should
+%% bring, at least and at most. Of a longer queue no more than two gathers are used. More is queued than
+%% is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes more for each message.
+-define(QUEUE_MAX, 1048576).
+-define(RESTED_LEAST_PART, 4).
+-define(RESTED_MOST_PART, 2).
 
 %% Input: bytes of messages, weighed, and how many of these, after which it is looked whether they
 %% have been received.
@@ -84,9 +88,12 @@
 %% of them we may keep the scheduler.
 -type urgency() :: normal | {pos_integer(), non_neg_integer()}.
 
-%% What was written since there was nothing left, and the rest before that, microseconds.
+%% What was written since there was nothing left.
 -record(drain, {
+    %% the rest before it, microseconds, and what half of that rest has brought, if this one is the
+    %% first of its length
     rest = 0 :: non_neg_integer(),
+    half = 0 :: non_neg_integer(),
     frames = 0 :: non_neg_integer(),
     bytes = 0 :: non_neg_integer(),
     %% of them, in the first write
@@ -179,12 +186,12 @@ drain(Handle, Link, Urgency, Sample, Drain) ->
         {[], _} ->
             Judged = urgency(Drain#drain.unjudged, Urgency),
             case rest(Link, Sample, Drain) of
-                {0, NextSample} ->
+                {#drain{rest = 0}, NextSample} ->
                     erlang:dist_ctrl_get_data_notification(Handle),
                     {Judged, NextSample};
-                {Rest, NextSample} ->
+                {#drain{rest = Rest} = Next, NextSample} ->
                     pause(Rest),
-                    drain(Handle, Link, Judged, NextSample, #drain{rest = Rest})
+                    drain(Handle, Link, Judged, NextSample, Next)
             end;
         {Frames, Bytes} ->
             write(Link, meshx_node_nif:write(Link, Frames)),
@@ -204,30 +211,27 @@ most(_) ->
 %% Who sends a stream and we, beside each other on two schedulers, have much more work with it than
 %% one after the other: we would wait and be woken for every few messages, the locks and memory of the
 %% queue between us go to and fro, and where processors are few a thread of the far side waits for
-%% ours. So in a stream we rest until a good part of the queue is full; not if the sender may be waiting
-%% for answers, for which ours would make it wait longer.
--spec rest(meshx_node_nif:socket(), #sample{}, #drain{}) -> {non_neg_integer(), #sample{}}.
+%% ours. So in a stream we rest until a good part of the queue is full; but not where the sender may be
+%% waiting for answers.
+-spec rest(meshx_node_nif:socket(), #sample{}, #drain{}) -> {#drain{}, #sample{}}.
 rest(Link, #sample{time = Time} = Sample, #drain{rest = 0}) ->
     case erlang:monotonic_time(microsecond) - Time < ?REST_MAX of
         true ->
-            {0, Sample};
+            {#drain{}, Sample};
         false ->
             Now = sample(Link),
             case is_stream(Sample, Now) of
-                true -> {?REST_MIN, Now};
-                false -> {0, Now}
+                true -> {#drain{rest = ?REST_MIN}, Now};
+                false -> {#drain{}, Now}
             end
     end;
 rest(Link, #sample{time = Time} = Sample, Drain) ->
     Now = sample(Link),
-    case next_rest(Drain, queue_size()) of
-        Rest when Rest > 0, Now#sample.time - Time < ?RESTS_TIME ->
-            case is_one_way(Sample, Now) of
-                true -> {Rest, Sample};
-                false -> {0, Now}
-            end;
-        _ ->
-            {0, Now}
+    Short = Now#sample.time - Time < ?JUDGED_TIME,
+    case is_one_way(Sample, Now) andalso (Short orelse is_stream(Sample, Now)) of
+        true when Short -> {next_rest(Drain), Sample};
+        true -> {next_rest(Drain), Now};
+        false -> {#drain{}, Now}
     end.
 
 sample(Link) ->
@@ -240,34 +244,33 @@ sample(Link) ->
     }.
 
 is_stream(Before, Now) ->
-    is_much(Before, Now, (Now#sample.time - Before#sample.time) / ?REST_MAX, ?MANY) andalso
+    Rests = (Now#sample.time - Before#sample.time) / ?REST_MAX,
+    is_written(Before, Now, ?STREAM_FRAMES * Rests, ?STREAM_BYTES * Rests) andalso
         is_one_way(Before, Now).
 
 is_one_way(Before, Now) ->
-    is_much(Before, Now, Now#sample.frames_in - Before#sample.frames_in, ?PER_ANSWER).
+    Answers = Now#sample.frames_in - Before#sample.frames_in,
+    is_written(Before, Now, ?FRAMES_PER_ANSWER * Answers, ?STREAM_BYTES * Answers).
 
-is_much(Before, Now, Times, Many) ->
-    Frames = Now#sample.frames_out - Before#sample.frames_out,
-    Bytes = Now#sample.bytes_out - Before#sample.bytes_out,
-    Frames >= Times * Many orelse Bytes >= Times * (queue_size() div ?RESTED_LEAST_PART).
+is_written(Before, Now, Frames, Bytes) ->
+    Now#sample.frames_out - Before#sample.frames_out >= Frames orelse
+        Now#sample.bytes_out - Before#sample.bytes_out >= Bytes.
 
-%% A rest that fills the queue suspends senders, and those who then send little are suspended again and
-%% again by those who send much, until we rest no more.
-next_rest(#drain{frames = Frames, bytes = Bytes}, _) when Frames < ?STILL_MANY, Bytes < ?STILL_MUCH ->
-    0;
-next_rest(#drain{rest = ?REST_MIN, first = First}, Queue) when First >= Queue div ?RESTED_MOST_PART ->
-    0;
-next_rest(#drain{rest = Rest, bytes = Bytes}, Queue) when Bytes > Queue div ?RESTED_MOST_PART ->
-    max(?REST_MIN, Rest div 2);
-next_rest(#drain{rest = Rest, bytes = Bytes}, Queue) when Bytes < Queue div ?RESTED_LEAST_PART ->
-    min(?REST_MAX, 2 * Rest);
-next_rest(#drain{rest = Rest}, _) ->
-    Rest.
-
-%% More is queued than is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes more
-%% for each message.
-queue_size() ->
-    min(2 * ?GATHER_BYTES, erlang:system_info(dist_buf_busy_limit)).
+next_rest(#drain{frames = Frames, bytes = Bytes}) when Frames < ?STILL_MANY, Bytes < ?STILL_MUCH ->
+    #drain{};
+next_rest(#drain{rest = Rest, half = Half, frames = Frames, bytes = Bytes, first = First}) ->
+    Queue = min(?QUEUE_MAX, erlang:system_info(dist_buf_busy_limit)),
+    if
+        %% It is not time that the senders need: they wait for something else. Of a few frames, one
+        %% more or less doesn't tell.
+        Frames >= ?STILL_MANY, 4 * Bytes < 5 * Half -> #drain{};
+        %% A rest that fills the queue suspends senders. Those who then send little are suspended again
+        %% and again by those who send much, until we rest no more.
+        Rest =:= ?REST_MIN, First >= Queue div ?RESTED_MOST_PART -> #drain{};
+        Bytes > Queue div ?RESTED_MOST_PART -> #drain{rest = max(?REST_MIN, Rest div 2)};
+        Bytes < Queue div ?RESTED_LEAST_PART, Rest < ?REST_MAX -> #drain{rest = 2 * Rest, half = Bytes};
+        true -> #drain{rest = Rest}
+    end.
 
 %% At most Most frames.
 gather(_Handle, Bytes, Most, Frames) when Bytes >= ?GATHER_BYTES; Most =:= 0 ->
@@ -461,7 +464,7 @@ pause(Microseconds) ->
             end
     end.
 
-%% Most links never need one.
+%% Opened when it is first needed.
 start_timer(undefined, Microseconds) ->
     case meshx_node_nif:timer() of
         {ok, Timer} -> start_timer(Timer, Microseconds);

@@ -119,7 +119,9 @@ static void on_checked(const struct meshx_failure *failure, void *argument) {
     } else {
         if (failure == NULL) {
             mesh->away_time = 0; /* the agent still knows us: it has lost nothing */
-            mesh->heard_at = check->sent_at;
+            if (check->sent_at > mesh->heard_at) {
+                mesh->heard_at = check->sent_at;
+            }
         }
         mesh_agent_result(mesh, check->talk, failure);
     }

@@ -28,6 +28,7 @@ all() ->
     [
         outgoing_bulk_leaves_another_link_its_turns,
         incoming_bulk_leaves_another_link_its_turns,
+        bulk_leaves_others_on_its_link_their_turns,
         a_stream_does_not_outrun_its_receiver,
         small_messages_do_not_outrun_who_works_on_them,
         messages_nobody_receives_stop_no_others,
@@ -95,10 +96,7 @@ while_stopped(Nodes, Fun) ->
 %%% Fairness
 
 outgoing_bulk_leaves_another_link_its_turns(Config) ->
-    fair(Config, fun(Bulk, Count) ->
-        Sink = spawn(Bulk, ?MODULE, sink, []),
-        spawn(fun() -> send_bulk(Sink, Count) end)
-    end).
+    fair(Config, fun send_bulk_to/2).
 
 incoming_bulk_leaves_another_link_its_turns(Config) ->
     fair(Config, fun(Bulk, Count) ->
@@ -116,19 +114,33 @@ fair(Config, Start) ->
     ),
     [B, C] = [start_direct(Config, Name, Port, ["-connect_all", "false"]) || {Name, Port} <- Ports],
     [connect(A, Other) || Other <- [B, C]],
+    turns(A, B, C, Start).
+
+%% Small messages of one process while another sends as much as it can: both are suspended whenever
+%% the link's queue is full.
+bulk_leaves_others_on_its_link_their_turns(Config) ->
+    [A, B] = two_directly(Config),
+    turns(A, B, B, fun send_bulk_to/2).
+
+%% Round trips between A and B while bulk goes on between A and Bulk.
+turns(A, #{node := Bulk}, #{node := B}, Start) ->
     {First, Last, Running} = meshx_ct:call(A, fun() ->
-        Echo = spawn(maps:get(node, C), ?MODULE, echo, []),
+        Echo = spawn(B, ?MODULE, echo, []),
         Count = counters:new(1, []),
-        Bulk = Start(maps:get(node, B), Count),
+        Sender = Start(Bulk, Count),
         wait_for_count(Count, 10),
         Begin = counters:get(Count, 1),
         [round_trip(Echo, N) || N <- lists:seq(1, ?ROUND_TRIPS)],
-        {Begin, counters:get(Count, 1), is_process_alive(Bulk)}
+        {Begin, counters:get(Count, 1), is_process_alive(Sender)}
     end),
     ct:log("~b round trips beside ~b messages of 1 MiB", [?ROUND_TRIPS, Last - First]),
     ?assert(Running),
     ?assert(Last > First),
     ?assert(Last < ?BULK).
+
+send_bulk_to(Node, Count) ->
+    Sink = spawn(Node, ?MODULE, sink, []),
+    spawn(fun() -> send_bulk(Sink, Count) end).
 
 send_bulk(To) ->
     send_bulk(To, counters:new(1, [])).
