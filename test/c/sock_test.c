@@ -255,7 +255,8 @@ static void what_is_not_sent_is_bounded(void **state) {
     for (size_t i = 0; i < 2; i++) {
         ssize_t sent = 0;
         size_t all = 0;
-        assert_int_equal(option_of(ends[i], IPPROTO_TCP, TCP_NOTSENT_LOWAT), 3 * 512 * 1024);
+        assert_int_equal(option_of(ends[i], IPPROTO_TCP, TCP_NOTSENT_LOWAT),
+                         3 * 512 * 1024);
         while ((sent = send(ends[i], bytes, sizeof bytes, MSG_NOSIGNAL)) > 0) {
             all += (size_t)sent;
         }
