@@ -42,7 +42,7 @@
 %% What part of the bytes that the emulator queues before it suspends senders (+zdbbl) a rest should
 %% bring, at least and at most. Of a longer queue no more than two gathers are used. More is queued than
 %% is sent: size_obuf() in erts/emulator/beam/dist.c counts some 140 bytes more for each message.
--define(QUEUE_MAX, 1048576).
+-define(QUEUE_MAX, (2 * ?GATHER_BYTES)).
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
 

@@ -20,9 +20,8 @@
 
 /* Bytes, of which the kernel makes twice as many; see options_for(). */
 #define LOOPBACK_BUFFER (1024 * 1024)
-/* Bytes; see bound_unsent(). The kernel tells of room when half of it is free: that is
- * more than one write of meshx_node_traffic.erl, which else would have to wait in each.
- */
+/* Bytes; see bound_unsent(). The kernel tells of room when half of it is free, and that
+ * should be more than one write of meshx_node_traffic.erl. */
 #define UNSENT_MAX (3 * 512 * 1024)
 
 static int last_error(void) {
