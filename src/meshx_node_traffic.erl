@@ -332,8 +332,10 @@ input(Handle, Link, Supervisor) ->
 input_loop(Handle, Link, Window) ->
     case meshx_node_nif:read(Link) of
         {more, Frames} ->
+            erlang:yield(),
             put_frames(Handle, Frames),
             %% Those who receive it come first.
+            erlang:yield(),
             erlang:yield(),
             input_loop(Handle, Link, keep_pace(Frames, Window));
         {wait, Frames} ->

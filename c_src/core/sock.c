@@ -20,9 +20,6 @@
 
 /* Bytes, of which the kernel makes twice as many; see options_for(). */
 #define LOOPBACK_BUFFER (1024 * 1024)
-/* Bytes; see bound_unsent(). The kernel tells of room when half of it is free, and that
- * should be more than one write of meshx_node_traffic.erl. */
-#define UNSENT_MAX (3 * 512 * 1024)
 
 static int last_error(void) {
     return -errno;
@@ -101,11 +98,8 @@ static struct sock_options options_for(const struct sock_address *address,
     return result;
 }
 
-/* What the peer has no room for yet is no sooner there for being in the kernel's send
- * buffer, which grows to MiBs: small messages wait behind it. A system that has no such
- * bound does without. Accepted connections inherit it. */
-static void bound_unsent(int fd) {
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &(int){UNSENT_MAX}, sizeof(int));
+void sock_bound_unsent(int fd, int bytes) {
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
 }
 
 static int open_socket(int family, int *out) {
@@ -113,7 +107,7 @@ static int open_socket(int family, int *out) {
     if (fd < 0) {
         return last_error();
     }
-    bound_unsent(fd);
+    sock_bound_unsent(fd, SOCK_UNSENT_MAX);
     *out = fd;
     return 0;
 }

@@ -53,6 +53,18 @@ int sock_accept(int listener, const struct sock_options *options, int *out,
 int sock_connect(const struct sock_address *address, const struct sock_address *bind,
                  const struct sock_options *options, int *out);
 
+/* Bytes that the peer has no room for yet and that the kernel may take all the same. They
+ * are no sooner there for being in its send buffer, which grows to MiBs, and small
+ * messages wait behind them. */
+#define SOCK_UNSENT_MAX (3 * 512 * 1024)
+/* The same while the writer waits for room, of which the kernel tells when there is less
+ * than half of this: a wait that ends soon comes again soon, and a scheduler of the
+ * emulator spins for most of it. */
+#define SOCK_UNSENT_WAITING (384 * 1024)
+
+/* Bounds these bytes, on a system that can. Connections begin with SOCK_UNSENT_MAX. */
+void sock_bound_unsent(int fd, int bytes);
+
 /* The outcome of a connect in progress: 0, -EINPROGRESS or -errno. A socket connected to
  * itself is -ECONNREFUSED, here and in sock_connect(). */
 int sock_connected(int fd);

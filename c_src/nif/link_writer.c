@@ -5,6 +5,7 @@
  * environment until the socket is writable; the caller writes nothing new before that.
  */
 #include "link.h"
+#include "sock.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -215,6 +216,8 @@ static ERL_NIF_TERM finish_write(ErlNifEnv *env, struct socket *socket,
     if (outcome == MORE) {
         return am_more;
     }
+    socket->writer.waiting = true;
+    sock_bound_unsent(socket->fd, SOCK_UNSENT_WAITING);
     if (enif_select(env, socket->fd, ERL_NIF_SELECT_WRITE, socket, NULL, am_undefined) <
         0) {
         return terms_error_errno(env, ENOMEM);
@@ -269,6 +272,10 @@ ERL_NIF_TERM nif_flush(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     if (socket->fd < 0) {
         result = terms_error_closed(env);
     } else {
+        if (socket->writer.waiting) {
+            socket->writer.waiting = false;
+            sock_bound_unsent(socket->fd, SOCK_UNSENT_MAX);
+        }
         bool pending = socket->writer.pending;
         ErlNifEnv *list_env = pending ? socket->writer.env : env;
         ERL_NIF_TERM list = pending ? socket->writer.rest : enif_make_list(env, 0);

@@ -46,6 +46,7 @@ struct socket {
         ERL_NIF_TERM rest; /* frames from the first one that is not wholly written */
         size_t skip;       /* bytes of that one, header included, that are written */
         bool pending;      /* |rest| is valid */
+        bool waiting;      /* for room: SOCK_UNSENT_WAITING is set */
         size_t owed;       /* bytes of a tick that the kernel did not take, 0-3 */
     } writer;
 
