@@ -328,13 +328,18 @@ input(Handle, Link, Supervisor) ->
         {_Controller, start} -> input_loop(Handle, Link, #window{})
     end.
 
+%% A read and the messages in it have a turn each, and whoever receives these has two. So nobody else is
+%% in the run queue when the read's turn ends, which outweighs that somebody is at the end of the other:
+%% the emulator counts both, and wakes another scheduler if there is too much for one
+%% (wakeup_other_check() in erts/emulator/beam/erl_process.c). On two schedulers a receiver that has
+%% little to do and we would wake each other for every few messages, which costs more than these. One
+%% that has much to do gets its own scheduler all the same.
 -spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), #window{}) -> no_return().
 input_loop(Handle, Link, Window) ->
     case meshx_node_nif:read(Link) of
         {more, Frames} ->
             erlang:yield(),
             put_frames(Handle, Frames),
-            %% Those who receive it come first.
             erlang:yield(),
             erlang:yield(),
             input_loop(Handle, Link, keep_pace(Frames, Window));
