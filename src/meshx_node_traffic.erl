@@ -328,26 +328,35 @@ input(Handle, Link, Supervisor) ->
         {_Controller, start} -> input_loop(Handle, Link, #window{})
     end.
 
-%% A read and the messages in it have a turn each, and whoever receives these has two. So nobody else is
-%% in the run queue when the read's turn ends, which outweighs that somebody is at the end of the other:
-%% the emulator counts both, and wakes another scheduler if there is too much for one
-%% (wakeup_other_check() in erts/emulator/beam/erl_process.c). On two schedulers a receiver that has
-%% little to do and we would wake each other for every few messages, which costs more than these. One
-%% that has much to do gets its own scheduler all the same.
 -spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), #window{}) -> no_return().
 input_loop(Handle, Link, Window) ->
     case meshx_node_nif:read(Link) of
+        {more, []} ->
+            erlang:yield(),
+            input_loop(Handle, Link, Window);
         {more, Frames} ->
-            erlang:yield(),
+            yield_if_quiet(),
             put_frames(Handle, Frames),
+            %% Those who receive it come first.
             erlang:yield(),
-            erlang:yield(),
+            yield_if_quiet(),
             input_loop(Handle, Link, keep_pace(Frames, Window));
         {wait, Frames} ->
             put_frames(Handle, Frames),
             input_loop(Handle, Link, await_input(Link, keep_pace_waiting(Frames, Window)));
         {error, Reason} ->
             exit(end_reason(Reason))
+    end.
+
+%% Ends our turn where no more than a receiver waits for one. The emulator counts the turns at whose end
+%% somebody waits against those at whose end nobody does, and wakes another scheduler if there is too much
+%% for one (wakeup_other_check() in erts/emulator/beam/erl_process.c). On two schedulers a receiver that
+%% has little to do and we would wake each other for every few messages, which costs more than these. So
+%% a read has a turn of its own; but not where others are busy, each of whom would come before us.
+yield_if_quiet() ->
+    case erlang:statistics(total_run_queue_lengths) of
+        Waiting when Waiting =< 1 -> erlang:yield();
+        _ -> true
     end.
 
 await_input(Link, #window{count = 0, bytes = 0, vain = 0} = Window) ->
