@@ -18,6 +18,7 @@
     setopt/3,
     getopt/2,
     framing/2,
+    low_water/2,
     read/1,
     write/2,
     flush/1,
@@ -173,6 +174,12 @@ getopt(Socket, Option) ->
 -spec framing(socket(), handshake | distribution) -> ok.
 framing(Link, Framing) ->
     load_and_call(?FUNCTION_NAME, [Link, Framing]).
+
+%% Bytes that must have arrived, from the next read/1 on, before {select, Link, undefined,
+%% ready_input} comes; 0: a frame's. Fewer are kept from nobody: read/1 may be called at any time.
+-spec low_water(socket(), Bytes :: non_neg_integer()) -> ok.
+low_water(Link, Bytes) ->
+    load_and_call(?FUNCTION_NAME, [Link, Bytes]).
 
 %% What has arrived: `more', call again; `wait', a {select, Link, undefined, ready_input} will
 %% come. In the handshake one frame at most. Ticks are counted, not delivered.

@@ -46,7 +46,13 @@
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
 
-%% Input: bytes of messages, weighed, and how many of these, after which it is looked whether they
+%% Input: bytes that are awaited in a stream, and how long, ms. If that was in vain, what comes in is
+%% judged for so many microseconds before it counts as a stream once more: what is sent by halts, such
+%% as parts of which each is acknowledged, would wait for a part's end again and again.
+-define(AWAITED_BYTES, ?STREAM_BYTES).
+-define(AWAITED_TIME, 1).
+-define(VAIN_TIME, 65536).
+%% Bytes of messages, weighed, and how many of these, after which it is looked whether they
 %% have been received.
 -define(WINDOW_BYTES, 1048576).
 -define(WINDOW_MESSAGES, 2).
@@ -102,12 +108,22 @@
     unjudged = 0 :: non_neg_integer()
 }).
 
-%% A link's counts at a time, microseconds.
+%% A link's counts at a time, microseconds, for one of its directions.
 -record(sample, {
     time :: integer(),
-    frames_in :: non_neg_integer(),
-    frames_out :: non_neg_integer(),
-    bytes_out :: non_neg_integer()
+    frames :: non_neg_integer(),
+    bytes :: non_neg_integer(),
+    %% frames of the other direction
+    answers :: non_neg_integer()
+}).
+
+%% A stream that comes in.
+-record(inflow, {
+    %% whether there is one: a wait ends when much has come, or a moment after
+    stream = false :: boolean(),
+    %% what is judged, from when on, and for how long at least, microseconds
+    sample :: #sample{},
+    judged_time = ?REST_MAX :: pos_integer()
 }).
 
 %% Messages given to the emulator since the last look.
@@ -130,7 +146,7 @@ run(Handle, Link, Supervisor) ->
     Input ! {self(), start},
     process_flag(priority, normal),
     erlang:dist_ctrl_get_data_notification(Handle),
-    output(Handle, Link, normal, sample(Link)).
+    output(Handle, Link, normal, sample(Link, output)).
 
 %% Follows a write to its end.
 -spec written(meshx_node_nif:socket(), meshx_node_nif:write_result()) -> ok | {error, term()}.
@@ -219,14 +235,14 @@ rest(Link, #sample{time = Time} = Sample, #drain{rest = 0}) ->
         true ->
             {#drain{}, Sample};
         false ->
-            Now = sample(Link),
+            Now = sample(Link, output),
             case is_stream(Sample, Now) of
                 true -> {#drain{rest = ?REST_MIN}, Now};
                 false -> {#drain{}, Now}
             end
     end;
 rest(Link, #sample{time = Time} = Sample, Drain) ->
-    Now = sample(Link),
+    Now = sample(Link, output),
     Short = Now#sample.time - Time < ?JUDGED_TIME,
     case is_one_way(Sample, Now) andalso (Short orelse is_stream(Sample, Now)) of
         true when Short -> {next_rest(Drain), Sample};
@@ -234,27 +250,31 @@ rest(Link, #sample{time = Time} = Sample, Drain) ->
         false -> {#drain{}, Now}
     end.
 
-sample(Link) ->
-    {FramesIn, FramesOut, _BytesIn, BytesOut, _Pending} = meshx_node_nif:statistics(Link),
-    #sample{
-        time = erlang:monotonic_time(microsecond),
-        frames_in = FramesIn,
-        frames_out = FramesOut,
-        bytes_out = BytesOut
-    }.
+-spec sample(meshx_node_nif:socket(), output | input) -> #sample{}.
+sample(Link, Direction) ->
+    Time = erlang:monotonic_time(microsecond),
+    {FramesIn, FramesOut, BytesIn, BytesOut, _Pending} = meshx_node_nif:statistics(Link),
+    case Direction of
+        output -> #sample{time = Time, frames = FramesOut, bytes = BytesOut, answers = FramesIn};
+        input -> #sample{time = Time, frames = FramesIn, bytes = BytesIn, answers = FramesOut}
+    end.
 
 is_stream(Before, Now) ->
-    Rests = (Now#sample.time - Before#sample.time) / ?REST_MAX,
-    is_written(Before, Now, ?STREAM_FRAMES * Rests, ?STREAM_BYTES * Rests) andalso
-        is_one_way(Before, Now).
+    Rests = rests(Before, Now),
+    is_moved(Before, Now, ?STREAM_FRAMES * Rests, ?STREAM_BYTES * Rests) andalso is_one_way(Before, Now).
 
 is_one_way(Before, Now) ->
-    Answers = Now#sample.frames_in - Before#sample.frames_in,
-    is_written(Before, Now, ?FRAMES_PER_ANSWER * Answers, ?STREAM_BYTES * Answers).
+    Answers = Now#sample.answers - Before#sample.answers,
+    is_moved(Before, Now, ?FRAMES_PER_ANSWER * Answers, ?STREAM_BYTES * Answers).
 
-is_written(Before, Now, Frames, Bytes) ->
-    Now#sample.frames_out - Before#sample.frames_out >= Frames orelse
-        Now#sample.bytes_out - Before#sample.bytes_out >= Bytes.
+is_moved(Before, Now, Frames, Bytes) ->
+    Now#sample.frames - Before#sample.frames >= Frames orelse is_moved(Before, Now, Bytes).
+
+is_moved(Before, Now, Bytes) ->
+    Now#sample.bytes - Before#sample.bytes >= Bytes.
+
+rests(Before, Now) ->
+    (Now#sample.time - Before#sample.time) / ?REST_MAX.
 
 next_rest(#drain{frames = Frames, bytes = Bytes}) when Frames < ?STILL_MANY, Bytes < ?STILL_MUCH ->
     #drain{};
@@ -325,25 +345,26 @@ input(Handle, Link, Supervisor) ->
     link(Supervisor),
     %% Nothing may be put before we are registered as the input process.
     receive
-        {_Controller, start} -> input_loop(Handle, Link, #window{})
+        {_Controller, start} -> input_loop(Handle, Link, #window{}, #inflow{sample = sample(Link, input)})
     end.
 
--spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), #window{}) -> no_return().
-input_loop(Handle, Link, Window) ->
+-spec input_loop(erlang:dist_handle(), meshx_node_nif:socket(), #window{}, #inflow{}) -> no_return().
+input_loop(Handle, Link, Window, Inflow) ->
     case meshx_node_nif:read(Link) of
         {more, []} ->
             erlang:yield(),
-            input_loop(Handle, Link, Window);
+            input_loop(Handle, Link, Window, Inflow);
         {more, Frames} ->
             yield_if_quiet(),
             put_frames(Handle, Frames),
             %% Those who receive it come first.
             erlang:yield(),
             yield_if_quiet(),
-            input_loop(Handle, Link, keep_pace(Frames, Window));
+            input_loop(Handle, Link, keep_pace(Frames, Window), Inflow);
         {wait, Frames} ->
             put_frames(Handle, Frames),
-            input_loop(Handle, Link, await_input(Link, keep_pace_waiting(Frames, Window)));
+            {NextWindow, NextInflow} = await_input(Link, keep_pace_waiting(Frames, Window), Inflow),
+            input_loop(Handle, Link, NextWindow, NextInflow);
         {error, Reason} ->
             exit(end_reason(Reason))
     end.
@@ -359,17 +380,46 @@ yield_if_quiet() ->
         _ -> true
     end.
 
-await_input(Link, #window{count = 0, bytes = 0, vain = 0} = Window) ->
+%% In a stream we wait for much at once: each wait that ends costs switches of threads, and the
+%% scheduler spins for most of so short a one, on a processor that the sidecars may need.
+-spec await_input(meshx_node_nif:socket(), #window{}, #inflow{}) -> {#window{}, #inflow{}}.
+await_input(Link, Window, #inflow{stream = true} = Inflow) ->
     receive
-        {select, Link, _, ready_input} -> Window
+        {select, Link, _, ready_input} -> {Window, judge(Link, Inflow)}
+    after ?AWAITED_TIME ->
+        {Window, no_stream(Link, sample(Link, input), ?VAIN_TIME)}
     end;
-await_input(Link, Window) ->
+await_input(Link, #window{count = 0, bytes = 0, vain = 0} = Window, Inflow) ->
     receive
-        {select, Link, _, ready_input} -> Window
+        {select, Link, _, ready_input} -> {Window, judge(Link, Inflow)}
+    end;
+await_input(Link, Window, Inflow) ->
+    receive
+        {select, Link, _, ready_input} -> {Window, judge(Link, Inflow)}
     after ?FORGET_TIME ->
         erlang:garbage_collect(),
-        await_input(Link, #window{})
+        await_input(Link, #window{}, Inflow)
     end.
+
+judge(Link, #inflow{stream = Stream, sample = #sample{time = Time} = Before, judged_time = JudgedTime} = Inflow) ->
+    case erlang:monotonic_time(microsecond) - Time < JudgedTime of
+        true ->
+            Inflow;
+        false ->
+            Now = sample(Link, input),
+            case is_moved(Before, Now, ?STREAM_BYTES * rests(Before, Now)) andalso is_one_way(Before, Now) of
+                true when Stream -> Inflow#inflow{sample = Now};
+                true ->
+                    ok = meshx_node_nif:low_water(Link, ?AWAITED_BYTES),
+                    #inflow{stream = true, sample = Now, judged_time = ?JUDGED_TIME};
+                false when Stream -> no_stream(Link, Now, ?REST_MAX);
+                false -> Inflow#inflow{sample = Now, judged_time = ?REST_MAX}
+            end
+    end.
+
+no_stream(Link, Now, JudgedTime) ->
+    ok = meshx_node_nif:low_water(Link, 0),
+    #inflow{sample = Now, judged_time = JudgedTime}.
 
 put_frames(Handle, Frames) ->
     try

@@ -286,8 +286,9 @@ static void shrink(struct socket *socket) {
 }
 
 /* Nothing can be delivered before the frame under way is whole, so nobody is woken
- * before: proxies send a large one in many pieces. Less than a small receive buffer
- * holds: before Linux 5.12 a full one woke nobody (tcp_epollin_ready() in net/ipv4). */
+ * before: proxies send a large one in many pieces. Nor before as much has come as the
+ * caller wants. Less than a small receive buffer holds: before Linux 5.12 a full one
+ * woke nobody (tcp_epollin_ready() in net/ipv4). */
 static void await_frame(struct socket *socket, size_t need) {
     size_t missing = socket->reader.large_size > 0
                          ? socket->reader.large_size - socket->reader.filled
@@ -298,13 +299,15 @@ static void await_frame(struct socket *socket, size_t need) {
     socklen_t size = sizeof buffer;
 
     low_water = low_water < LOW_WATER_MIN ? 1 : low_water;
+    low_water = low_water < socket->reader.least ? socket->reader.least : low_water;
     if (low_water == socket->reader.low_water ||
         getsockopt(socket->fd, SOL_SOCKET, SO_RCVBUF, &buffer, &size) != 0) {
         return;
     }
     low_water = low_water < buffer / 4 ? low_water : buffer / 4;
-    if (setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) ==
-        0) {
+    if (low_water != socket->reader.low_water &&
+        setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) ==
+            0) {
         socket->reader.low_water = low_water;
     }
 }
@@ -323,6 +326,22 @@ ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     socket->header =
         enif_is_identical(argv[1], am_handshake) ? FRAME_HANDSHAKE : FRAME_DISTRIBUTION;
     enif_mutex_unlock(socket->write);
+    enif_mutex_unlock(socket->read);
+    return am_ok;
+}
+
+/* low_water(Link, Bytes) -> ok. Bytes without which no wait for input ends from the next
+ * read on; 0: as many as a frame needs. */
+ERL_NIF_TERM nif_low_water(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
+    struct socket *socket = socket_get(env, argv[0]);
+    int bytes = 0;
+
+    (void)argc;
+    if (socket == NULL || !enif_get_int(env, argv[1], &bytes) || bytes < 0) {
+        return enif_make_badarg(env);
+    }
+    enif_mutex_lock(socket->read);
+    socket->reader.least = bytes;
     enif_mutex_unlock(socket->read);
     return am_ok;
 }
@@ -393,7 +412,7 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     if (frames.count > 1) {
         socket->reader.empty_reads = EMPTY_READS;
     }
-    if (drained && socket->reader.empty_reads > 0) {
+    if (drained && socket->reader.empty_reads > 0 && socket->reader.least == 0) {
         socket->reader.empty_reads--;
         drained = false;
     }
