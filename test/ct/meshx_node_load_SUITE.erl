@@ -29,6 +29,7 @@ all() ->
         outgoing_bulk_leaves_another_link_its_turns,
         incoming_bulk_leaves_another_link_its_turns,
         bulk_leaves_others_on_its_link_their_turns,
+        a_part_of_a_stream_arrives_before_the_next,
         a_stream_does_not_outrun_its_receiver,
         small_messages_do_not_outrun_who_works_on_them,
         messages_nobody_receives_stop_no_others,
@@ -186,6 +187,7 @@ sink(Count, Left) ->
 
 echo() ->
     receive
+        {data, _} -> ok;
         {From, N} -> From ! {self(), N}
     end,
     echo().
@@ -204,6 +206,24 @@ wait_for_count(Count, Least) ->
         end.
 
 %%% Pace
+
+%% Input waits for much at once in a stream, but its end must not wait for more.
+-define(PARTS, 500).
+-define(MESSAGES_PER_PART, 64).
+
+a_part_of_a_stream_arrives_before_the_next(Config) ->
+    [A, #{node := Node}] = two_directly(Config),
+    meshx_ct:call(A, fun() ->
+        Echo = spawn(Node, ?MODULE, echo, []),
+        Data = binary:copy(<<"part">>, 16 * ?KIB),
+        [
+            begin
+                [Echo ! {data, Data} || _ <- lists:seq(1, ?MESSAGES_PER_PART)],
+                round_trip(Echo, Part)
+            end
+         || Part <- lists:seq(1, ?PARTS)
+        ]
+    end).
 
 %% What is read and not yet received is kept in the receiver's VM.
 -define(STREAM, 16384).

@@ -18,6 +18,7 @@
     refuses_a_packet_longer_than_allowed/1,
     does_not_allocate_for_a_length_alone/1,
     is_not_woken_before_a_frame_is_whole/1,
+    is_woken_by_as_much_as_wanted_or_the_end/1,
     is_woken_by_the_end_within_a_frame/1,
     reads_frames_longer_than_its_receive_buffer/1,
     writes_what_is_asked_in_order/1,
@@ -166,6 +167,39 @@ is_not_woken_before_a_frame_is_whole(Config) ->
         end
      || Size <- [15000, 65000, 70000, 400000]
     ].
+
+is_woken_by_as_much_as_wanted_or_the_end(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = meshx_node_nif:low_water(Link, 20000),
+    Few = bytes(1000),
+    Many = bytes(19500),
+    await_nothing(Link),
+    ok = gen_tcp:send(Peer, <<1000:32, Few/binary>>),
+    is_not_woken(Link),
+    ok = gen_tcp:send(Peer, <<19500:32, Many/binary>>),
+    await_input(Link, wait),
+    ?assert([Few, Many] =:= read_frames(Link, 2)),
+    %% What has come can be read at any time.
+    await_nothing(Link),
+    ok = gen_tcp:send(Peer, <<1000:32, Few/binary>>),
+    is_not_woken(Link),
+    ?assertEqual({wait, [Few]}, meshx_node_nif:read(Link)),
+    %% And again by little.
+    ok = meshx_node_nif:low_water(Link, 0),
+    await_more(Link, Peer, <<1000:32, Few/binary>>),
+    ?assertEqual([Few], read_frames(Link, 1)),
+    ok = meshx_node_nif:low_water(Link, 20000),
+    await_nothing(Link),
+    ok = gen_tcp:close(Peer),
+    await_input(Link, wait),
+    ?assertEqual({error, closed}, read_to_end(Link)),
+    ?assertError(badarg, meshx_node_nif:low_water(Link, -1)).
+
+is_not_woken(Link) ->
+    receive
+        {select, Link, _, ready_input} -> ct:fail(woken_by_few)
+    after 200 -> ok
+    end.
 
 is_woken_by_the_end_within_a_frame(Config) ->
     {Link, Peer} = link_pair(Config),
