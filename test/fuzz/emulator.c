@@ -319,6 +319,13 @@ int enif_get_ulong(ErlNifEnv *env, ERL_NIF_TERM term, unsigned long *out) {
     return get(term)->kind == INTEGER;
 }
 
+int enif_get_int(ErlNifEnv *env, ERL_NIF_TERM term, int *out) {
+    unsigned long number = 0;
+    int is_integer = enif_get_ulong(env, term, &number);
+    *out = (int)number;
+    return is_integer;
+}
+
 int enif_inspect_binary(ErlNifEnv *env, ERL_NIF_TERM term, ErlNifBinary *out) {
     (void)env;
     out->data = get(term)->bytes;

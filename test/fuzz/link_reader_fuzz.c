@@ -159,6 +159,10 @@ static void read_all(struct socket *socket, size_t packets) {
         if (packets == 0 && socket->header == FRAME_HANDSHAKE) {
             (void)nif_framing(env, 2, arguments);
         }
+        /* What is awaited changes when a wait ends, nothing else. */
+        const ERL_NIF_TERM awaited[] = {emulator_link,
+                                        enif_make_ulong(env, peer.turn % 2 * 65536)};
+        CHECK(emulator_is(nif_low_water(env, 2, awaited), "ok"));
         ERL_NIF_TERM result = nif_read(env, 1, arguments);
         unsigned selects = emulator_selected().input;
         CHECK(enif_get_tuple(env, result, &arity, &parts) && arity == 2);
