@@ -19,6 +19,8 @@
     getopt/2,
     framing/2,
     low_water/2,
+    select/1,
+    await/2,
     read/1,
     write/2,
     flush/1,
@@ -175,14 +177,25 @@ getopt(Socket, Option) ->
 framing(Link, Framing) ->
     load_and_call(?FUNCTION_NAME, [Link, Framing]).
 
-%% Bytes that must have arrived, from the next read/1 on, before {select, Link, undefined,
-%% ready_input} comes; 0: a frame's. Fewer are kept from nobody: read/1 may be called at any time.
+%% Bytes that must have arrived, from the next read/1 on, before a wait for input ends; read/1 then
+%% leaves it to select/1 and await/2. 0: a frame's. Fewer are kept from nobody: read/1 may be called
+%% at any time.
 -spec low_water(socket(), Bytes :: non_neg_integer()) -> ok.
 low_water(Link, Bytes) ->
     load_and_call(?FUNCTION_NAME, [Link, Bytes]).
 
+%% {select, Link, undefined, ready_input} will come.
+-spec select(socket()) -> ok | error().
+select(Link) ->
+    load_and_call(?FUNCTION_NAME, [Link]).
+
+%% Keeps the scheduler until there is input or the end of it, for so long at most: up to 1000.
+-spec await(socket(), Microseconds :: 0..1000) -> ready | none.
+await(Link, Microseconds) ->
+    load_and_call(?FUNCTION_NAME, [Link, Microseconds]).
+
 %% What has arrived: `more', call again; `wait', a {select, Link, undefined, ready_input} will
-%% come. In the handshake one frame at most. Ticks are counted, not delivered.
+%% come, unless low_water/2 has set bytes. In the handshake one frame at most. Ticks are counted, not delivered.
 -spec read(socket()) -> {more | wait, [binary()]} | error().
 read(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).

@@ -46,11 +46,15 @@
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
 
-%% Input: bytes that are awaited in a stream, and how long, ms. If that was in vain, what comes in is
-%% judged for so many microseconds before it counts as a stream once more: what is sent by halts, such
-%% as parts of which each is acknowledged, would wait for a part's end again and again.
+%% Input: bytes that are awaited in a stream of large messages, and how long: so often for so many
+%% microseconds, or ms. If that was in vain in a stream that had not lasted for so many microseconds, what
+%% comes in is judged for so many before it counts as a stream once more: what is sent by halts, such as
+%% parts of which each is acknowledged, would wait for a part's end again and again.
 -define(AWAITED_BYTES, ?STREAM_BYTES).
--define(AWAITED_TIME, 1).
+-define(NAPS, 8).
+-define(NAP, 250).
+-define(AWAITED_TIME, 2).
+-define(LASTING, 32768).
 -define(VAIN_TIME, 65536).
 %% Bytes of messages, weighed, and how many of these, after which it is looked whether they
 %% have been received.
@@ -58,8 +62,8 @@
 -define(WINDOW_MESSAGES, 2).
 %% How many times as much the bytes of messages in fragments count.
 -define(FRAGMENTS_WEIGHT, 4).
-%% A message of fewer bytes is looked at only if it is a read's last: a look at each would cost more
-%% than it saves. What such a message costs beside its bytes, and what part of it all counts.
+%% A message of fewer bytes is small. It is looked at only if it is a read's last: a look at each would
+%% cost more than it saves. What such a message costs beside its bytes, and what part of it all counts.
 -define(LARGE, 4096).
 -define(SMALL_COST, 256).
 -define(SMALL_PART, 4).
@@ -119,8 +123,8 @@
 
 %% A stream that comes in.
 -record(inflow, {
-    %% whether there is one: a wait ends when much has come, or a moment after
-    stream = false :: boolean(),
+    %% since when there is one, microseconds: a wait ends when much has come, or a moment after
+    since = none :: none | integer(),
     %% what is judged, from when on, and for how long at least, microseconds
     sample :: #sample{},
     judged_time = ?REST_MAX :: pos_integer()
@@ -380,14 +384,12 @@ yield_if_quiet() ->
         _ -> true
     end.
 
-%% In a stream we wait for much at once: each wait that ends costs switches of threads, and the
-%% scheduler spins for most of so short a one, on a processor that the sidecars may need.
+%% In a stream we wait for much at once, since each wait that ends costs switches of threads.
 -spec await_input(meshx_node_nif:socket(), #window{}, #inflow{}) -> {#window{}, #inflow{}}.
-await_input(Link, Window, #inflow{stream = true} = Inflow) ->
-    receive
-        {select, Link, _, ready_input} -> {Window, judge(Link, Inflow)}
-    after ?AWAITED_TIME ->
-        {Window, no_stream(Link, sample(Link, input), ?VAIN_TIME)}
+await_input(Link, Window, #inflow{since = Since} = Inflow) when is_integer(Since) ->
+    case await_much(Link, ?NAPS) of
+        ready -> {Window, judge(Link, Inflow)};
+        none -> {Window, in_vain(Link, Inflow)}
     end;
 await_input(Link, #window{count = 0, bytes = 0, vain = 0} = Window, Inflow) ->
     receive
@@ -401,20 +403,60 @@ await_input(Link, Window, Inflow) ->
         await_input(Link, #window{}, Inflow)
     end.
 
-judge(Link, #inflow{stream = Stream, sample = #sample{time = Time} = Before, judged_time = JudgedTime} = Inflow) ->
+%% Where nobody else is runnable the scheduler would go to sleep, and before that it spins, for most of
+%% so short a wait, on a processor that the sidecars may need. So it sleeps with us, a moment at a time:
+%% somebody may become runnable.
+await_much(_Link, 0) ->
+    none;
+await_much(Link, Naps) ->
+    %% Those who receive it come first.
+    erlang:yield(),
+    case erlang:statistics(total_run_queue_lengths) of
+        0 ->
+            case meshx_node_nif:await(Link, ?NAP) of
+                ready -> ready;
+                none -> await_much(Link, Naps - 1)
+            end;
+        _ ->
+            select_much(Link, meshx_node_nif:select(Link))
+    end.
+
+select_much(Link, ok) ->
+    receive
+        {select, Link, _, ready_input} -> ready
+    after ?AWAITED_TIME -> none
+    end;
+select_much(_Link, {error, _}) ->
+    %% As the next read finds.
+    ready.
+
+judge(Link, #inflow{since = Since, sample = #sample{time = Time} = Before, judged_time = JudgedTime} = Inflow) ->
     case erlang:monotonic_time(microsecond) - Time < JudgedTime of
         true ->
             Inflow;
         false ->
             Now = sample(Link, input),
-            case is_moved(Before, Now, ?STREAM_BYTES * rests(Before, Now)) andalso is_one_way(Before, Now) of
-                true when Stream -> Inflow#inflow{sample = Now};
+            case is_inflow(Before, Now) of
+                true when is_integer(Since) -> Inflow#inflow{sample = Now};
                 true ->
                     ok = meshx_node_nif:low_water(Link, ?AWAITED_BYTES),
-                    #inflow{stream = true, sample = Now, judged_time = ?JUDGED_TIME};
-                false when Stream -> no_stream(Link, Now, ?REST_MAX);
+                    #inflow{since = Now#sample.time, sample = Now, judged_time = ?JUDGED_TIME};
+                false when is_integer(Since) -> no_stream(Link, Now, ?REST_MAX);
                 false -> Inflow#inflow{sample = Now, judged_time = ?REST_MAX}
             end
+    end.
+
+%% Whether it is a stream of large messages: with small ones the receiver has enough to do, and what is
+%% awaited would be many of them.
+is_inflow(Before, Now) ->
+    is_moved(Before, Now, ?STREAM_BYTES * rests(Before, Now)) andalso
+        is_moved(Before, Now, ?LARGE * (Now#sample.frames - Before#sample.frames)) andalso
+        is_one_way(Before, Now).
+
+in_vain(Link, #inflow{since = Since}) ->
+    case sample(Link, input) of
+        #sample{time = Time} = Now when Time - Since >= ?LASTING -> no_stream(Link, Now, ?REST_MAX);
+        Now -> no_stream(Link, Now, ?VAIN_TIME)
     end.
 
 no_stream(Link, Now, JudgedTime) ->

@@ -101,6 +101,8 @@ static ErlNifFunc functions[] = {
     {"getopt", 2, nif_getopt, 0},
     {"framing", 2, nif_framing, 0},
     {"low_water", 2, nif_low_water, 0},
+    {"select", 1, nif_select, 0},
+    {"await", 2, nif_await, 0},
     {"read", 1, nif_read, 0},
     {"write", 2, nif_write, 0},
     {"flush", 1, nif_flush, 0},
