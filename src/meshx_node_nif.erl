@@ -184,18 +184,20 @@ framing(Link, Framing) ->
 low_water(Link, Bytes) ->
     load_and_call(?FUNCTION_NAME, [Link, Bytes]).
 
-%% {select, Link, undefined, ready_input} will come.
+%% {select, Link, undefined, ready_input} will come when there is input, or the end of it.
 -spec select(socket()) -> ok | error().
 select(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).
 
-%% Keeps the scheduler until there is input or the end of it, for so long at most: up to 1000.
+%% Whether there is input, or the end of it, before the time is over. Until then nobody else runs on the
+%% caller's scheduler.
 -spec await(socket(), Microseconds :: 0..1000) -> ready | none.
 await(Link, Microseconds) ->
     load_and_call(?FUNCTION_NAME, [Link, Microseconds]).
 
 %% What has arrived: `more', call again; `wait', a {select, Link, undefined, ready_input} will
-%% come, unless low_water/2 has set bytes. In the handshake one frame at most. Ticks are counted, not delivered.
+%% come, unless low_water/2 has set bytes. In the handshake one frame at most. Ticks are counted, not
+%% delivered.
 -spec read(socket()) -> {more | wait, [binary()]} | error().
 read(Link) ->
     load_and_call(?FUNCTION_NAME, [Link]).

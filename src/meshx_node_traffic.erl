@@ -46,14 +46,15 @@
 -define(RESTED_LEAST_PART, 4).
 -define(RESTED_MOST_PART, 2).
 
-%% Input: bytes that are awaited in a stream of large messages, and how long: so often for so many
-%% microseconds, or ms. If that was in vain in a stream that had not lasted for so many microseconds, what
-%% comes in is judged for so many before it counts as a stream once more: what is sent by halts, such as
-%% parts of which each is acknowledged, would wait for a part's end again and again.
+%% Input: bytes that are awaited in a stream of large messages, and how long, ms; where nobody else is
+%% runnable in parts of so many microseconds, naps.
 -define(AWAITED_BYTES, ?STREAM_BYTES).
--define(NAPS, 8).
--define(NAP, 250).
 -define(AWAITED_TIME, 2).
+-define(NAP, 250).
+-define(NAPS, (1000 * ?AWAITED_TIME div ?NAP)).
+%% If that was in vain in a stream that had not lasted for so many microseconds, what comes in is judged
+%% for so many before it counts as a stream once more: what is sent by halts, such as parts of which each
+%% is acknowledged, would wait for a part's end again and again.
 -define(LASTING, 32768).
 -define(VAIN_TIME, 65536).
 %% Bytes of messages, weighed, and how many of these, after which it is looked whether they

@@ -4,7 +4,7 @@
  * Every NIF here makes a bounded number of non-blocking system calls and reports the
  * bytes it moved as a share of the caller's time slice. The wait for readiness is
  * enif_select's message to the calling process: {select, Link, undefined, ready_input |
- * ready_output}. Only await/2 waits itself, for a part of a time slice.
+ * ready_output}. Only await/2 blocks, for a part of a time slice.
  */
 #ifndef MESHX_NIF_LINK_H
 #define MESHX_NIF_LINK_H

@@ -9,7 +9,6 @@
  */
 #include "link.h"
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -47,7 +46,6 @@ _Static_assert(LARGE_FIRST >= STAGE_BULK, "what is in the stage fits");
 /* Bytes whose wait is worth a system call, and no more than the emulator's fragments. */
 #define LOW_WATER_MIN 4096
 #define LOW_WATER_MAX ((size_t)64 * 1024)
-#define TIMESLICE_MICROSECONDS 1000
 
 void link_reader_free(struct socket *socket) {
     enif_free(socket->reader.stage);
@@ -314,11 +312,6 @@ static void await_frame(struct socket *socket, size_t need) {
     }
 }
 
-static bool select_input(ErlNifEnv *env, struct socket *socket) {
-    return enif_select(env, socket->fd, ERL_NIF_SELECT_READ, socket, NULL,
-                       am_undefined) >= 0;
-}
-
 /* framing(Link, handshake | distribution) -> ok. Bytes already read are kept and framed
  * the new way. */
 ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
@@ -337,8 +330,8 @@ ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     return am_ok;
 }
 
-/* low_water(Link, Bytes) -> ok. Bytes without which no wait for input ends from the next
- * read on, and read/1 leaves it to the caller how to wait. 0: as many as a frame needs. */
+/* low_water(Link, Bytes) -> ok. From the next read on no wait for input ends without so
+ * many bytes, and read/1 leaves it to the caller how to wait. 0: as a frame needs. */
 ERL_NIF_TERM nif_low_water(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct socket *socket = socket_get(env, argv[0]);
     int bytes = 0;
@@ -351,52 +344,6 @@ ERL_NIF_TERM nif_low_water(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     socket->reader.least = bytes;
     enif_mutex_unlock(socket->read);
     return am_ok;
-}
-
-/* select(Link) -> ok | {error, closed | Posix}. The calling process gets a select message
- * when there is input. */
-ERL_NIF_TERM nif_select(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
-    struct socket *socket = socket_get(env, argv[0]);
-    ERL_NIF_TERM result = am_ok;
-
-    (void)argc;
-    if (socket == NULL) {
-        return enif_make_badarg(env);
-    }
-    enif_mutex_lock(socket->read);
-    if (socket->fd < 0) {
-        result = terms_error_closed(env);
-    } else if (!select_input(env, socket)) {
-        result = terms_error_errno(env, ENOMEM);
-    }
-    enif_mutex_unlock(socket->read);
-    return result;
-}
-
-/* await(Link, Microseconds) -> ready | none. Whether there is input, or its end, before
- * that time is over, a time slice at most. Meanwhile the scheduler's thread sleeps. */
-ERL_NIF_TERM nif_await(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
-    struct socket *socket = socket_get(env, argv[0]);
-    struct pollfd input = {.events = POLLIN};
-    ErlNifTime began = enif_monotonic_time(ERL_NIF_USEC);
-    int most = 0;
-
-    (void)argc;
-    if (socket == NULL || !enif_get_int(env, argv[1], &most) || most < 0 ||
-        most > TIMESLICE_MICROSECONDS) {
-        return enif_make_badarg(env);
-    }
-    enif_mutex_lock(socket->read);
-    input.fd = socket->fd;
-    enif_mutex_unlock(socket->read);
-    /* Without the lock, which others may want. If the link is closed meanwhile the answer
-     * means nothing, and the next read tells. */
-    const struct timespec time = {.tv_nsec = most * 1000L};
-    int ready = input.fd < 0 ? 1 : ppoll(&input, 1, &time, NULL);
-    ErlNifTime took = enif_monotonic_time(ERL_NIF_USEC) - began;
-    link_consume_timeslice(env, (size_t)took *
-                                    (LINK_BYTES_PER_TIMESLICE / TIMESLICE_MICROSECONDS));
-    return ready == 0 ? am_none : am_ready;
 }
 
 /*
@@ -473,7 +420,8 @@ ERL_NIF_TERM nif_read(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     if (failure == 0 && drained) {
         shrink(socket);
         await_frame(socket, frames.need);
-        if (socket->reader.least == 0 && !select_input(env, socket)) {
+        if (socket->reader.least == 0 && enif_select(env, socket->fd, ERL_NIF_SELECT_READ,
+                                                     socket, NULL, am_undefined) < 0) {
             failure = terms_error_errno(env, ENOMEM);
         }
     }

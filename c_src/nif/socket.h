@@ -39,7 +39,7 @@ struct socket {
         bool bulk;            /* much has come lately: the next stage is the large kind */
         unsigned empty_reads; /* left until the caller is to wait */
         int least; /* bytes for which the caller waits as it likes; 0: for a frame's */
-        int low_water;        /* bytes that make the socket readable */
+        int low_water; /* bytes that make the socket readable */
     } reader;
 
     struct {               /* guarded by |write| */

@@ -548,7 +548,7 @@ static void live_through_every_failure(struct meshx_loop *loop, bool managed) {
             failed = true;
         }
     }
-    assert_in_range(count, 30, 2000);
+    assert_true(count >= 30);
     deregister_other("target@test");
 }
 

@@ -19,6 +19,7 @@
     does_not_allocate_for_a_length_alone/1,
     is_not_woken_before_a_frame_is_whole/1,
     is_woken_by_as_much_as_wanted_or_the_end/1,
+    awaits_as_much_as_wanted_or_the_end/1,
     is_woken_by_the_end_within_a_frame/1,
     reads_frames_longer_than_its_receive_buffer/1,
     writes_what_is_asked_in_order/1,
@@ -174,6 +175,7 @@ is_woken_by_as_much_as_wanted_or_the_end(Config) ->
     Few = bytes(1000),
     Many = bytes(19500),
     await_nothing(Link),
+    ok = meshx_node_nif:select(Link),
     ok = gen_tcp:send(Peer, <<1000:32, Few/binary>>),
     is_not_woken(Link),
     ok = gen_tcp:send(Peer, <<19500:32, Many/binary>>),
@@ -181,6 +183,7 @@ is_woken_by_as_much_as_wanted_or_the_end(Config) ->
     ?assert([Few, Many] =:= read_frames(Link, 2)),
     %% What has come can be read at any time.
     await_nothing(Link),
+    ok = meshx_node_nif:select(Link),
     ok = gen_tcp:send(Peer, <<1000:32, Few/binary>>),
     is_not_woken(Link),
     ?assertEqual({wait, [Few]}, meshx_node_nif:read(Link)),
@@ -190,10 +193,32 @@ is_woken_by_as_much_as_wanted_or_the_end(Config) ->
     ?assertEqual([Few], read_frames(Link, 1)),
     ok = meshx_node_nif:low_water(Link, 20000),
     await_nothing(Link),
+    ok = meshx_node_nif:select(Link),
     ok = gen_tcp:close(Peer),
     await_input(Link, wait),
+    ?assertEqual({error, closed}, read_to_end(Link)).
+
+awaits_as_much_as_wanted_or_the_end(Config) ->
+    {Link, Peer} = link_pair(Config),
+    ok = meshx_node_nif:low_water(Link, 20000),
+    Few = bytes(1000),
+    Many = bytes(19500),
+    await_nothing(Link),
+    ?assertEqual(none, meshx_node_nif:await(Link, 0)),
+    ?assertEqual(none, meshx_node_nif:await(Link, 1000)),
+    ok = gen_tcp:send(Peer, <<1000:32, Few/binary>>),
+    ?assertEqual([none], lists:usort([meshx_node_nif:await(Link, 1000) || _ <- lists:seq(1, 200)])),
+    ok = gen_tcp:send(Peer, <<19500:32, Many/binary>>),
+    meshx_ct:wait("much", fun() -> meshx_node_nif:await(Link, 1000) =:= ready end),
+    ?assert([Few, Many] =:= read_frames(Link, 2)),
+    await_nothing(Link),
+    ?assertEqual(none, meshx_node_nif:await(Link, 1000)),
+    ok = gen_tcp:close(Peer),
+    meshx_ct:wait("the end", fun() -> meshx_node_nif:await(Link, 1000) =:= ready end),
     ?assertEqual({error, closed}, read_to_end(Link)),
-    ?assertError(badarg, meshx_node_nif:low_water(Link, -1)).
+    ok = meshx_node_nif:close(Link),
+    ?assertEqual(ready, meshx_node_nif:await(Link, 1000)),
+    ?assertEqual({error, closed}, meshx_node_nif:select(Link)).
 
 is_not_woken(Link) ->
     receive
@@ -439,6 +464,11 @@ garbage_arguments_are_badarg(Config) ->
             {listen, [{127, 0, 0, 1}, 0, #{backlog => many}]},
             {connect, [{127, 0, 0, 1}, 1, nowhere, #{}]},
             {accept, [make_ref(), #{}]},
+            {low_water, [Link, -1]},
+            {select, [self()]},
+            {await, [self(), 1]},
+            {await, [Link, 1001]},
+            {await, [Link, -1]},
             {read, [self()]},
             {write, [Link, frames]},
             {setopt, [Link, nodelay, true]},

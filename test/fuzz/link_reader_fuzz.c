@@ -159,9 +159,10 @@ static void read_all(struct socket *socket, size_t packets) {
         if (packets == 0 && socket->header == FRAME_HANDSHAKE) {
             (void)nif_framing(env, 2, arguments);
         }
-        /* What is awaited changes when a wait ends, nothing else. */
+        /* What is awaited changes when a wait ends and who sees to it, nothing else. */
+        bool awaits_much = peer.turn % 2 == 1;
         const ERL_NIF_TERM awaited[] = {emulator_link,
-                                        enif_make_ulong(env, peer.turn % 2 * 65536)};
+                                        enif_make_ulong(env, awaits_much ? 65536 : 0)};
         CHECK(emulator_is(nif_low_water(env, 2, awaited), "ok"));
         ERL_NIF_TERM result = nif_read(env, 1, arguments);
         unsigned selects = emulator_selected().input;
@@ -170,10 +171,12 @@ static void read_all(struct socket *socket, size_t packets) {
             ended = !emulator_is(parts[1], "errno"); /* ENOMEM: try again */
         } else {
             size_t count = check_frames(env, parts[1], socket->header, &at);
-            CHECK(emulator_is(parts[0], selects > 0 ? "wait" : "more"));
+            bool waits = emulator_is(parts[0], "wait");
+            CHECK(waits || emulator_is(parts[0], "more"));
+            CHECK((selects > 0) == (waits && !awaits_much));
             CHECK(socket->header == FRAME_DISTRIBUTION || count <= 1);
             packets -= socket->header == FRAME_HANDSHAKE ? count : 0;
-            ended = selects > 0 && peer.sent == peer.stream.size && !peer.ends;
+            ended = waits && peer.sent == peer.stream.size && !peer.ends;
         }
         emulator_end(env);
     }
