@@ -42,7 +42,7 @@
 -export_type([write_result/0, statistics/0]).
 
 %% In step with ABI_VERSION in c_src/nif/nif.c.
--define(ABI_VERSION, 4).
+-define(ABI_VERSION, 5).
 
 %% A listener or a link. Its owner's death closes it.
 -type socket() :: reference().
@@ -177,9 +177,9 @@ getopt(Socket, Option) ->
 framing(Link, Framing) ->
     load_and_call(?FUNCTION_NAME, [Link, Framing]).
 
-%% Bytes that must have arrived, from the next read/1 on, before a wait for input ends; read/1 then
-%% leaves it to select/1 and await/2. 0: a frame's. Fewer are kept from nobody: read/1 may be called
-%% at any time.
+%% Bytes (of a quarter of the receive buffer at most) that must have arrived before a wait for input
+%% ends, if it begins after the next read/1 and the peer doesn't end the link; read/1 then leaves it to
+%% select/1 and await/2 to wait. 0: a frame's. Fewer are kept from nobody: read/1 may be called at any time.
 -spec low_water(socket(), Bytes :: non_neg_integer()) -> ok.
 low_water(Link, Bytes) ->
     load_and_call(?FUNCTION_NAME, [Link, Bytes]).

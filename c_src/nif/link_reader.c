@@ -285,6 +285,13 @@ static void shrink(struct socket *socket) {
     }
 }
 
+static void set_low_water(struct socket *socket, int bytes) {
+    if (bytes != socket->reader.low_water &&
+        setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof bytes) == 0) {
+        socket->reader.low_water = bytes;
+    }
+}
+
 /* Nothing can be delivered before the frame under way is whole, so nobody is woken
  * before: proxies send a large one in many pieces. Nor before as much has come as the
  * caller wants. Less than a small receive buffer holds: before Linux 5.12 a full one
@@ -305,11 +312,7 @@ static void await_frame(struct socket *socket, size_t need) {
         return;
     }
     low_water = low_water < buffer / 4 ? low_water : buffer / 4;
-    if (low_water != socket->reader.low_water &&
-        setsockopt(socket->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) ==
-            0) {
-        socket->reader.low_water = low_water;
-    }
+    set_low_water(socket, low_water);
 }
 
 /* framing(Link, handshake | distribution) -> ok. Bytes already read are kept and framed
@@ -330,8 +333,9 @@ ERL_NIF_TERM nif_framing(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     return am_ok;
 }
 
-/* low_water(Link, Bytes) -> ok. From the next read on no wait for input ends without so
- * many bytes, and read/1 leaves it to the caller how to wait. 0: as a frame needs. */
+/* low_water(Link, Bytes) -> ok. Waits that begin after the next read end with so many
+ * bytes (or with the link, or a quarter of the receive buffer), and read/1 leaves it to
+ * the caller how to wait. 0: as a frame needs. */
 ERL_NIF_TERM nif_low_water(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) {
     struct socket *socket = socket_get(env, argv[0]);
     int bytes = 0;
@@ -342,6 +346,11 @@ ERL_NIF_TERM nif_low_water(ErlNifEnv *env, int argc, const ERL_NIF_TERM argv[]) 
     }
     enif_mutex_lock(socket->read);
     socket->reader.least = bytes;
+    /* A wait may be under way. What comes before this is read next, what comes after it
+     * ends the wait; before Linux 4.18 a later change would not. */
+    if (bytes == 0 && socket->fd >= 0) {
+        set_low_water(socket, 1);
+    }
     enif_mutex_unlock(socket->read);
     return am_ok;
 }

@@ -10,10 +10,10 @@
 #include "mesh.h"
 #include "timer.h"
 
-/* Changes with the arguments of any NIF, so that a stale .so beside a newer .beam (or the
- * other way round) fails to load instead of misbehaving. In step with meshx_node_nif.erl.
- */
-#define ABI_VERSION 4
+/* Changes with the NIFs and their arguments, so that a stale .so beside a newer .beam (or
+ * the other way round) fails to load instead of misbehaving. In step with
+ * meshx_node_nif.erl. */
+#define ABI_VERSION 5
 
 /* How long unload lets node services stop in order; it blocks a scheduler meanwhile. */
 #define UNLOAD_GRACE_MS 500

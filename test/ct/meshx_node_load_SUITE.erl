@@ -211,8 +211,13 @@ wait_for_count(Count, Least) ->
 -define(PARTS, 500).
 -define(MESSAGES_PER_PART, 64).
 
+a_part_of_a_stream_arrives_before_the_next() ->
+    [{timetrap, {minutes, 3}}].
+
 a_part_of_a_stream_arrives_before_the_next(Config) ->
-    [A, #{node := Node}] = two_directly(Config),
+    [A, #{node := Node} = B] = two_directly(Config),
+    Waits = [{meshx_node_nif, low_water, 2}, {meshx_node_nif, await, 2}],
+    meshx_ct:call(B, fun() -> [1 = erlang:trace_pattern(Wait, true, [call_count]) || Wait <- Waits] end),
     meshx_ct:call(A, fun() ->
         Echo = spawn(Node, ?MODULE, echo, []),
         Data = binary:copy(<<"part">>, 16 * ?KIB),
@@ -223,7 +228,10 @@ a_part_of_a_stream_arrives_before_the_next(Config) ->
             end
          || Part <- lists:seq(1, ?PARTS)
         ]
-    end).
+    end),
+    %% They came as a stream.
+    Counts = meshx_ct:call(B, fun() -> [erlang:trace_info(Wait, call_count) || Wait <- Waits] end),
+    [?assert(Count > 0) || {call_count, Count} <- Counts].
 
 %% What is read and not yet received is kept in the receiver's VM.
 -define(STREAM, 16384).
