@@ -116,10 +116,10 @@ nothing_is_left(_Config) ->
     ok.
 
 show_logs() ->
-    [
-        ct:log("~ts:~n~ts", [Log, read(Log)])
-     || {{node, _}, #{log := Log}, _} <- ets:tab2list(?TABLE)
-    ].
+    [show(Log) || {{node, _}, #{log := Log}, _} <- ets:tab2list(?TABLE)].
+
+show(Log) ->
+    ct:log("~ts:~n~ts", [Log, read(Log)]).
 
 %% Stops the nodes of a scope; what is left of them, after it was stopped too.
 clean(Scope) ->
@@ -288,6 +288,10 @@ start_vm(Config, Naming, Options) ->
             },
             watch(Node),
             remember(Node, maps:get(scope, Options, 'case'))
+    catch
+        Class:Reason:Stack ->
+            [show(File) || File <- [Log, errors()]],
+            erlang:raise(Class, Reason, Stack)
     after
         group_leader(Own, self())
     end.
@@ -295,13 +299,16 @@ start_vm(Config, Naming, Options) ->
 %% Standard error goes to a file: logger fails there when peer itself has a report to make at the
 %% end of a VM. A node runs where its agent does.
 executable(Agent, Erl) ->
-    Errors = filename:join(item(directory), "stderr"),
+    Errors = errors(),
     There =
         case meshx_ct_agent:host(Agent) of
             none -> "";
             Host -> meshx_ct_host:command(Host)
         end,
     {"/bin/sh", ["-c", "exec " ++ There ++ " \"$0\" \"$@\" 2>>'" ++ Errors ++ "'", Erl]}.
+
+errors() ->
+    filename:join(item(directory), "stderr").
 
 %% Another one of make ct-asan.
 erl_program() ->
